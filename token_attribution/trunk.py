@@ -1,0 +1,61 @@
+"""A language model seen as trunk and head: hidden states, then the vocabulary.
+
+mlx-lm's models return logits. Logprobs need the head at a few positions only, and value and reward
+models need the hidden states and no head at all, so both are found here once, by structure, and
+proved on a probe: ``head(hidden(x))`` must equal ``model(x)`` bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Trunk(NamedTuple):
+    """The two halves of a language model."""
+
+    hidden: Callable[..., mx.array]  # (B, T) int32, cache=None -> (B, T, D), after the final norm
+    head: Callable[[mx.array], mx.array]  # (..., D) -> (..., V)
+
+
+def find_trunk(model: nn.Module) -> Trunk | None:
+    """The trunk and head of an mlx-lm model, or None where its structure does not show them.
+
+    The functions look modules up when called, so adapters that are added later are seen.
+    """
+    owner = getattr(model, "language_model", model)  # multimodal models keep theirs inside
+    inner = getattr(owner, "model", None) or getattr(owner, "transformer", None)
+    if inner is None:
+        return None
+
+    def hidden(tokens: mx.array, cache: Any = None) -> mx.array:
+        return inner(tokens, cache=cache)  # type: ignore[no-any-return]
+
+    for head in _head_candidates(owner, inner):
+        if _composes(model, hidden, head):
+            return Trunk(hidden, head)
+    return None
+
+
+def _head_candidates(owner: nn.Module, inner: nn.Module) -> list[Callable[[mx.array], mx.array]]:
+    candidates: list[Callable[[mx.array], mx.array]] = []
+    if "lm_head" in owner:
+        candidates.append(lambda h: owner["lm_head"](h))
+    for name in ("embed_tokens", "wte", "tok_embeddings"):
+        if name in inner and hasattr(inner[name], "as_linear"):
+            candidates.append(lambda h, name=name: inner[name].as_linear(h))  # type: ignore[misc]
+    return candidates
+
+
+def _composes(
+    model: nn.Module, hidden: Callable[..., mx.array], head: Callable[[mx.array], mx.array]
+) -> bool:
+    probe = mx.array([[0, 1, 2]])
+    states = hidden(probe)
+    if not isinstance(states, mx.array) or states.ndim != 3:
+        return False
+    whole, halves = model(probe), head(states)
+    return whole.shape == halves.shape and bool(mx.array_equal(whole, halves))
