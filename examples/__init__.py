@@ -1,0 +1,1 @@
+"""Worked examples: each says its command in the first lines and the number to expect."""

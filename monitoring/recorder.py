@@ -1,0 +1,60 @@
+"""The callback that writes a run down: ``metrics.jsonl`` and ``samples.jsonl`` in its folder.
+
+    PPOTrainer(config, callbacks=[RunRecorder("runs/digits")])
+
+Training steps are written as they come, under the trainer's own metric names. The other moments carry
+a ``kind`` (``evaluate``, ``epoch`` or ``end``) and prefixed names, so that a mean over an epoch is
+never mistaken for the value of a step: ``eval/reward``, ``epoch/reward``, ``final/reward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monitoring.metrics_file import MetricsFile
+from monitoring.samples import SamplesFile
+
+
+class RunRecorder:
+    """Write every step's metrics, and a few samples of every ``log_samples_every``-th step (0: none)."""
+
+    def __init__(self, folder: str | Path, log_samples_every: int = 1, max_logged_samples: int = 5) -> None:
+        self.folder = Path(folder)
+        self.log_samples_every = log_samples_every
+        self.max_logged_samples = max_logged_samples
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.samples = SamplesFile(self.folder / "samples.jsonl")
+        self._step = 0
+
+    def on_train_begin(self, trainer: Any) -> None:
+        """Nothing to prepare: the files are made, or continued, with their first line."""
+
+    def on_step_end(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line per training step."""
+        self._step = step
+        self.metrics.write({"step": step, **metrics})
+
+    def on_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Dicts with the fields of ``monitoring.samples.FIELDS``."""
+        if self.log_samples_every > 0 and step % self.log_samples_every == 0:
+            self.samples.write(step, samples[: self.max_logged_samples])
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Held-out numbers after ``step`` steps."""
+        self.metrics.write({"step": step, "kind": "evaluate", **_prefixed("eval/", metrics)})
+
+    def on_epoch_end(self, epoch: float, metrics: Mapping[str, Any]) -> None:
+        """Numbers of a whole epoch."""
+        self.metrics.write(
+            {"step": self._step, "epoch": epoch, "kind": "epoch", **_prefixed("epoch/", metrics)}
+        )
+
+    def on_train_end(self, metrics: Mapping[str, Any] | None = None) -> None:
+        """The last line of the run."""
+        self.metrics.write({"step": self._step, "kind": "end", **_prefixed("final/", metrics or {})})
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {key if key.startswith(prefix) else prefix + key: value for key, value in metrics.items()}

@@ -1,0 +1,192 @@
+"""Names for rewards, and the four ways to point at one.
+
+A reward is any callable ``f(prompts, completions, **columns) -> list[float | None]``. This file only
+answers "which callable is meant by that?"; how it is called and checked is in ``composition.py``.
+
+    resolve(my_function)                  the callable itself
+    resolve("sequential_digits")          a name given with @register
+    resolve("my_package.rewards:brevity") an attribute of an importable module
+    resolve("my_rewards.py:brevity")      a function in a file
+
+Every module of this package is imported when the first name is looked up, so a new file with a
+``@register`` in it needs no entry in a list. The price: such a file must import without optional
+libraries; it imports those inside its functions.
+
+Naming a module or a file executes it, with the rights of the user. That is the intention, but it
+means that a config file from a stranger is a program from a stranger.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import rewards
+from config.errors import InvalidConfigurationError
+
+Reward = Callable[..., Any]
+SomeReward = TypeVar("SomeReward", bound=Reward)
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.+-]*")
+_registered: dict[str, Reward] = {}
+
+
+def register(name: str, *aliases: str) -> Callable[[SomeReward], SomeReward]:
+    """Give a reward a name that configs can use.
+
+    >>> @register("brevity")
+    ... def brevity(completions, **columns):
+    ...     return [1.0 / (1 + len(text)) for text in completions]
+    >>> resolve("brevity") is brevity
+    True
+    """
+
+    def decorate(reward: SomeReward) -> SomeReward:
+        for key in (name, *aliases):
+            if not _NAME.fullmatch(key):
+                raise InvalidConfigurationError(
+                    f"A reward cannot be registered as {key!r}: a name starts with a letter and has only "
+                    f"letters, digits and the characters _ . + - in it."
+                )
+            owner = _registered.get(key)
+            if owner is not None and _origin(owner) != _origin(reward):
+                raise InvalidConfigurationError(
+                    f"The reward name {key!r} already belongs to {_origin(owner)}; "
+                    f"register {_origin(reward)} under another name."
+                )
+            _registered[key] = reward
+        return reward
+
+    return decorate
+
+
+def names() -> list[str]:
+    """Every registered name, aliases included, sorted."""
+    _import_our_rewards()
+    return sorted(_registered)
+
+
+def resolve(spec: object) -> Reward:
+    """Turn a callable, a registered name, ``"module:function"`` or ``"file.py:function"`` into the callable.
+
+    A class is instantiated without arguments; its instances must be callable.
+    """
+    if not isinstance(spec, str):
+        return _as_reward(spec, repr(spec))
+    _import_our_rewards()
+    if spec in _registered:
+        return _as_reward(_registered[spec], spec)
+    source, colon, attribute = spec.strip().rpartition(":")
+    if colon and source and attribute:
+        module = _load_file(source) if source.endswith(".py") else _load_module(source, spec)
+        return _as_reward(_attribute(module, attribute, spec), spec)
+    if spec.endswith(".py"):
+        functions = ", ".join(_functions(_load_file(spec))) or "none"
+        raise InvalidConfigurationError(
+            f"The reward {spec!r} is a file; say which function of it, as in {spec}:NAME "
+            f"(it defines: {functions})."
+        )
+    raise InvalidConfigurationError(
+        f"There is no reward named {spec!r}; {_nearest(spec, names())}. "
+        f'Your own is written "package.module:function" or "path/to/file.py:function".'
+    )
+
+
+def _as_reward(found: object, spec: str) -> Reward:
+    if inspect.isclass(found):
+        try:
+            found = found()
+        except Exception as error:
+            raise InvalidConfigurationError(
+                f"The reward {spec!r} is a class that cannot be made without arguments "
+                f"({type(error).__name__}: {error}); give an instance of it, or a function."
+            ) from error
+    if not callable(found):
+        raise InvalidConfigurationError(
+            f"The reward {spec!r} is a {type(found).__name__}, which cannot be called; "
+            f"a reward is a function of (prompts, completions, **columns) that returns a list of numbers."
+        )
+    return found
+
+
+def _load_module(name: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise InvalidConfigurationError(
+            f"The reward {spec!r} needs the module {name!r}, which cannot be imported "
+            f"({type(error).__name__}: {error}); a file is written as path/to/file.py:function."
+        ) from error
+
+
+def _load_file(name: str) -> ModuleType:
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise InvalidConfigurationError(f"The reward file {name!r} does not exist (looked for {path}).")
+    # One file is one module, however often and under whichever spelling it is named. The hash keeps two
+    # files called rewards.py apart; the entry in sys.modules lets dataclasses and pickle find their module.
+    module_name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise InvalidConfigurationError(f"The reward file {path} cannot be loaded as Python.")
+    # At the end, so that a helper beside the file is found but nothing installed is hidden by it.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise InvalidConfigurationError(
+            f"The reward file {path} does not run ({type(error).__name__}: {error}); "
+            f"try it alone with: python {path}"
+        ) from error
+    return module
+
+
+def _attribute(module: ModuleType, dotted: str, spec: str) -> object:
+    found: object = module
+    for part in dotted.split("."):
+        if not hasattr(found, part):
+            raise InvalidConfigurationError(
+                f"The reward {spec!r} does not exist: {getattr(found, '__name__', module.__name__)} "
+                f"has no {part!r}; {_nearest(part, _functions(module))}."
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(map(repr, near)) + "?"
+    return "there are: " + (", ".join(choices) or "none")
+
+
+def _origin(reward: Reward) -> str:
+    """Where a reward was written. A notebook cell that runs again registers the same origin: no clash."""
+    return f"{reward.__module__}.{getattr(reward, '__qualname__', type(reward).__qualname__)}"
+
+
+@functools.cache
+def _import_our_rewards() -> None:
+    for module in pkgutil.iter_modules(rewards.__path__):
+        importlib.import_module(f"{rewards.__name__}.{module.name}")
