@@ -1,0 +1,155 @@
+"""Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in mlx-lm's own modules and files.
+
+An adapter folder written here is what ``mlx_lm.generate --adapter-path``, ``mlx_lm.fuse`` and
+``mlx_lm.load(..., adapter_path=…)`` read. Our own extras (value heads, trainer state) never go into
+``adapters.safetensors``, because mlx-lm refuses tensors that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+
+from config.errors import CheckpointError, InvalidConfigurationError
+from config.training_config import TrainingConfig
+
+WEIGHTS, DESCRIPTION = "adapters.safetensors", "adapter_config.json"
+
+
+def prepare_trainable(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
+    """Freeze ``model`` but for what ``config`` trains, in place; returns its adapter description.
+
+    ``lora``: the base is frozen and its linear layers get adapters whose update is zero at first, so the
+    model computes exactly what it did. ``full``: every weight trains, in float32, because steps of the
+    size that RL takes vanish in bfloat16.
+    """
+    model.freeze()
+    layers = len(model.layers)
+    if config.lora_layers > layers:
+        raise InvalidConfigurationError(
+            f"lora_layers: {config.lora_layers} is more than the model's {layers} blocks; use -1 for all"
+        )
+    description: dict[str, Any] = {
+        "fine_tune_type": config.fine_tune_type,
+        "num_layers": config.lora_layers if config.lora_layers > 0 else layers,
+        "model": config.model_name,
+    }
+    if config.adapter_path is not None:
+        return _resume_adapter(model, config)
+    if config.fine_tune_type == "full":
+        model.set_dtype(mx.float32)
+        model.unfreeze()
+        return description
+    description["lora_parameters"] = {
+        "rank": config.lora_r,
+        "scale": config.lora_alpha / config.lora_r,  # mlx-lm's scale is alpha / r
+        "dropout": config.lora_dropout,
+    }
+    linear_to_lora_layers(model, description["num_layers"], description["lora_parameters"])
+    return description
+
+
+def _resume_adapter(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
+    folder = Path(str(config.adapter_path)).expanduser()
+    description = read_description(folder)
+    load_adapter(model, folder)
+    if description.get("fine_tune_type") == "full":
+        model.set_dtype(mx.float32)
+        model.unfreeze()
+    else:
+        for _, module in adapter_layers(model):
+            module.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False, strict=False)
+    return description
+
+
+def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The adapted layers of ``model`` by path: modules that wrap another linear or embedding layer."""
+    return [(path, m) for path, m in model.named_modules() if "lora_a" in m]
+
+
+def _wrapped(layer: nn.Module) -> nn.Module:
+    return layer["linear"] if "linear" in layer else layer["embedding"]  # type: ignore[no-any-return]
+
+
+def strip_adapters(model: nn.Module) -> nn.Module:
+    """Put the wrapped layers back in place of their adapters, in place, for good."""
+    model.update_modules(tree_unflatten([(path, _wrapped(layer)) for path, layer in adapter_layers(model)]))
+    return model
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block ``model`` is the base model, bit for bit: its adapted layers step aside.
+
+    Do not use it inside a compiled function: what was traced with the adapters on stays on.
+    """
+    layers = adapter_layers(model)
+    strip_adapters(model)
+    try:
+        yield model
+    finally:
+        if layers:
+            model.update_modules(tree_unflatten(layers))
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many numbers train, and how many there are (a quantised weight counts its packed words)."""
+    trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
+    total = sum(v.size for _, v in tree_flatten(model.parameters()))
+    return trainable, total
+
+
+def save_adapter(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
+    """Write the trainable weights and their description in mlx-lm's layout."""
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(folder / WEIGHTS), weights)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: the adapter could not be written ({error}); free some space or choose another folder"
+        ) from error
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The parsed ``adapter_config.json`` of an adapter folder."""
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder}: {name} is missing; an adapter folder holds {WEIGHTS} and {DESCRIPTION}"
+            )
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / DESCRIPTION}: not valid JSON ({error})") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{folder / DESCRIPTION}: a JSON object is expected")
+    return description
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Load an adapter folder into ``model``: onto a bare base, or into adapters that are there already."""
+    read_description(folder)
+    try:
+        if adapter_layers(model):
+            model.load_weights(str(folder / WEIGHTS), strict=False)
+            expected = {name for name, _ in tree_flatten(model.trainable_parameters())}
+            found = set(mx.load(str(folder / WEIGHTS)))
+            if found != expected:
+                raise ValueError(f"{len(found ^ expected)} tensors differ, e.g. {min(found ^ expected)}")
+        else:
+            load_adapters(model, str(folder))
+        mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: this adapter does not fit the model ({error}); was it trained on another base?"
+        ) from error

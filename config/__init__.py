@@ -1,0 +1,1 @@
+"""Every option, declared once. Imports no MLX, so that ``--help`` is instant."""

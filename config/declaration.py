@@ -1,0 +1,114 @@
+"""How an option is declared: once, with its type, range and one line of meaning.
+
+``declared`` turns a class into a frozen pydantic dataclass whose mistakes come back as one sentence
+(``InvalidConfigurationError``) naming the field, what was found and what was expected, and which
+remembers what its author set on purpose, so that an algorithm's own defaults can fill in the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Self, TypeVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from config.errors import InvalidConfigurationError
+
+T = TypeVar("T")
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A field with its default and its one line of documentation (meaning, unit, range, paper symbol)."""
+    return Field(default=default, description=meaning)
+
+
+def _not_bool(value: Any) -> Any:
+    # bool is a subclass of int, so `batch_size = true` in a file would otherwise mean 1.
+    if isinstance(value, bool):
+        raise ValueError("true/false where a number is expected")
+    return value
+
+
+_number = BeforeValidator(_not_bool)
+PositiveInt = Annotated[int, _number, Field(gt=0)]
+NonNegativeInt = Annotated[int, _number, Field(ge=0)]
+AnyInt = Annotated[int, _number]
+PositiveFloat = Annotated[float, _number, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, _number, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, _number, Field(ge=0, le=1, allow_inf_nan=False)]
+OpenFraction = Annotated[float, _number, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """'; did you mean "x"?' for the valid name closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _sentence(error: ValidationError, cls: type) -> str:
+    names = [f.name for f in dataclasses.fields(cls)]
+    parts = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            parts.append(f'{cls.__name__} has no field "{field}"{nearest(field, names)}')
+            continue
+        if problem["type"] == "value_error":  # a sentence of our own
+            reason = str(problem["ctx"]["error"])
+        else:
+            reason = problem["msg"][0].lower() + problem["msg"][1:]
+        found = "" if problem["loc"] == () else f" (found {problem['input']!r})"
+        parts.append(reason if problem["loc"] == () else f"{field}: {reason}{found}")
+    return "; ".join(parts)
+
+
+class Declaration:
+    """What every config class can do besides holding values."""
+
+    _explicit = frozenset[str]()  # names that were given to the constructor
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with ``changes``; what was set on purpose before stays so."""
+        kept = {name: getattr(self, name) for name in self._explicit}
+        copy = type(self)(**{**kept, **changes})
+        return copy.with_defaults(
+            {
+                f.name: getattr(self, f.name)
+                for f in dataclasses.fields(self)  # type: ignore[arg-type]
+                if f.name not in kept and f.name not in changes
+            }
+        )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """A copy in which the fields that nobody set take these values instead of the declared defaults."""
+        kept = {name: getattr(self, name) for name in self._explicit}
+        copy = type(self)(**{**defaults, **kept})
+        object.__setattr__(copy, "_explicit", self._explicit)
+        return copy
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
+def declared(cls: type[T]) -> type[T]:
+    """Make ``cls`` a frozen, validated dataclass whose errors are sentences (see the module)."""
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    validate = made.__init__
+
+    @functools.wraps(validate)
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            raise InvalidConfigurationError(_sentence(error, made)) from None
+        # The dataclass is frozen, hence object.__setattr__.
+        object.__setattr__(self, "_explicit", frozenset(values))
+
+    made.__init__ = __init__
+    return made  # type: ignore[no-any-return]

@@ -1,0 +1,25 @@
+"""The supervised stages around RL: fine-tuning on demonstrations, and reward models."""
+
+from __future__ import annotations
+
+from config.declaration import NonNegativeFloat, PositiveInt, declared, option
+from config.training_config import TrainingConfig
+
+
+@declared
+class SFTConfig(TrainingConfig):
+    """Options of ``SFTTrainer``: cross-entropy on the completion of each row."""
+
+    num_steps: PositiveInt = option(300, "Optimiser steps.")
+    max_sequence_length: PositiveInt = option(1024, "Longest prompt + completion, in tokens.")
+
+
+@declared
+class RewardModelConfig(TrainingConfig):
+    """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers."""
+
+    num_steps: PositiveInt = option(200, "Optimiser steps; a step sees batch_size pairs.")
+    max_sequence_length: PositiveInt = option(1024, "Longest prompt + completion, in tokens.")
+    centering: NonNegativeFloat = option(
+        0.0, "Weight of the squared sum of a pair's two scores, which keeps scores around 0; 0.01 is usual."
+    )

@@ -1,0 +1,76 @@
+"""What every trainer shares: the model, what of it trains, the optimiser, the batches, the output."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from config.declaration import (
+    AnyInt,
+    Declaration,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    declared,
+    option,
+)
+from config.model_config import ModelConfig
+
+
+@declared
+class TrainingConfig(Declaration):
+    """Options of every stage. One declaration is the default, the type, the range and the help."""
+
+    # Model
+    model_name: str = option(
+        "Qwen/Qwen3-0.6B-Base",
+        'A Hugging Face name, a local folder, or "embedded" for a small model made on the spot.',
+    )
+    embedded_model: ModelConfig = option(
+        ModelConfig.tiny(), 'Architecture used when model_name is "embedded".'
+    )
+    adapter_path: str | None = option(None, "Folder of an adapter to start from (mlx-lm format).")
+    fine_tune_type: Literal["lora", "full"] = option(
+        "lora", "What trains: low-rank adapters or every weight."
+    )
+    lora_r: PositiveInt = option(16, "Rank of the adapters (r).")
+    lora_alpha: PositiveFloat = option(32, "Adapter scaling (alpha); the update is scaled by alpha / r.")
+    lora_dropout: Fraction = option(
+        0.1,
+        "Dropout on the adapters' input in supervised stages. RL passes run without it: two passes over the "
+        "same weights must give the same logprobs.",
+    )
+    lora_layers: AnyInt = option(-1, "How many blocks get adapters, counted from the last; -1 = all.")
+
+    # Batches and lengths
+    batch_size: PositiveInt = option(4, "Rows (in RL: prompts) per step.")
+    micro_batch_size: PositiveInt | None = option(
+        None, "Rows per forward and backward pass; gradients add up to the whole batch's. None = all at once."
+    )
+    max_prompt_length: PositiveInt = option(512, "Longest prompt, in tokens; longer ones are refused.")
+
+    # Optimiser (AdamW with bias correction)
+    learning_rate: PositiveFloat = option(1e-5, "Peak step size of AdamW (alpha).")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "Course of the learning rate after the warm-up: level, or down to 0 at the last step."
+    )
+    warmup_steps: NonNegativeInt = option(0, "Optimiser steps over which the learning rate rises from 0.")
+    max_grad_norm: PositiveFloat | None = option(
+        1.0, "The gradient is scaled down to this global L2 norm when longer; none = never."
+    )
+    adam_beta1: Fraction = option(0.9, "Decay of the first moment (beta 1).")
+    adam_beta2: Fraction = option(0.999, "Decay of the second moment (beta 2).")
+    adam_eps: PositiveFloat = option(1e-8, "Added to the root of the second moment (epsilon).")
+    weight_decay: NonNegativeFloat = option(0.0, "Decoupled weight decay per step, times learning rate.")
+    max_skipped_steps: PositiveInt = option(
+        5, "Updates in a row that may be skipped for a loss or gradient that is not finite before stopping."
+    )
+
+    # Run
+    seed: NonNegativeInt = option(0, "Everything random follows from it.")
+    output_dir: str | None = option(
+        None, "Run folder for metrics, samples, config and weights; none = runs/<stage>-<date>-<time>."
+    )
+    log_samples_every: NonNegativeInt = option(10, "Steps between rows of samples.jsonl; 0 = never.")
+    max_logged_samples: PositiveInt = option(5, "Completions written each time.")

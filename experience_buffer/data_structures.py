@@ -1,0 +1,78 @@
+"""The nouns of the pipeline.
+
+Host-side records (``Prompt``, ``Rollout``) are frozen dataclasses of plain Python values. What goes
+through the model (``TokenBatch``, ``Experience``) is a NamedTuple of arrays, because those are what
+``mx.compile`` and ``tree_map`` take. One alignment everywhere: ``tokens`` is ``(B, T+1)``, prompt then
+completion, right-padded; every per-token array is ``(B, T)`` and its index ``t`` is about predicting
+``tokens[:, t+1]``; ``mask`` is True exactly where the policy sampled that token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question to the policy. ``index`` names it in its data set, and so names its random numbers."""
+
+    index: int
+    text: str
+    ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further fields of its row, for rewards
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion, in tokens, with what the sampler knew about it."""
+
+    prompt: Prompt
+    member: int  # which completion of its prompt's group
+    completion_ids: tuple[int, ...]  # the end token included, when one was sampled
+    logprobs: tuple[float, ...]  # of each token, under the distribution actually sampled from
+    terminated: bool  # an end token was sampled; False: cut off at the length limit
+    text: str  # decoded for rewards and readers; never encoded again
+
+
+class TokenBatch(NamedTuple):
+    """Rollouts as arrays. Made by ``token_attribution.extractor`` alone."""
+
+    tokens: mx.array  # (B, T+1) int32, right-padded
+    mask: mx.array  # (B, T) bool, True where the policy sampled tokens[:, t+1]
+    sampler_logprobs: mx.array  # (B, T) float32, 0 where mask is False
+
+
+class Experience(NamedTuple):
+    """One batch of rollouts with everything the update needs; float32 unless said.
+
+    ``old_logprobs`` is None when each batch is used for a single update: the ratio is then exactly 1
+    and the update uses its own logprobs. ``values`` and ``returns`` are None without a critic,
+    ``ref_logprobs`` where no KL is asked for.
+    """
+
+    tokens: mx.array  # (B, T+1) int32
+    mask: mx.array  # (B, T) bool
+    advantages: mx.array  # (B, T) Â
+    old_logprobs: mx.array | None = None  # (B, T) log π_old, at the start of the update
+    ref_logprobs: mx.array | None = None  # (B, T) log π_ref
+    values: mx.array | None = None  # (B, T) V_old
+    returns: mx.array | None = None  # (B, T) R, what the value network learns
+
+    @property
+    def size(self) -> int:
+        """Number of rows B."""
+        return int(self.tokens.shape[0])
+
+    def rows(self, indices: list[int]) -> Experience:
+        """The experience of some rows, without the padding that they no longer need."""
+        pick = mx.array(indices)
+        taken = [None if a is None else a[pick] for a in self]
+        mask = taken[1]
+        assert mask is not None
+        columns = mx.arange(1, mask.shape[1] + 1)
+        width = max(int(mx.max(mask * columns)), 1)
+        return Experience(taken[0][:, : width + 1], *(None if a is None else a[:, :width] for a in taken[1:]))  # type: ignore[index]

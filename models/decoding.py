@@ -1,0 +1,206 @@
+"""Sampling completions, many rows at once: tokens in, tokens and their logprobs out.
+
+Each distinct prompt is computed once and its cache is shared by its completions; rows leave the batch
+when they end; the next step is launched before the last one is read, so the host never stands in the
+way. A row's random numbers are handed in, one per token, so that a completion depends on nothing that
+happens to be decoded beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from models.prefix_cache import GroupCache, RepeatedCache, shares_ragged_prompts
+from token_attribution.trunk import Trunk, find_trunk
+
+_COMPACT_SHARE = 1 / 8  # rows are dropped when this share of the batch is done: copying the cache costs too
+
+
+class Sampling(NamedTuple):
+    """The distribution sampled from: softmax(logits / temperature), then top-k, top-p and min-p, in that order."""
+
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Completion(NamedTuple):
+    """One sampled completion."""
+
+    ids: list[int]  # the end token included
+    logprobs: list[float]  # under the distribution sampled from
+    terminated: bool
+
+
+def sampling_weights(logits: mx.array, sampling: Sampling) -> mx.array:
+    """Unnormalised probabilities of the next token, zero for the tokens left out.
+
+    Args:
+        logits: ``(B, V)``, any dtype.
+    Returns:
+        ``(B, V)`` float32; the largest weight of each row is 1. Ties at a threshold are all kept.
+    """
+    z = logits.astype(mx.float32) * (1.0 / sampling.temperature)
+    weights = mx.exp(z - mx.max(z, axis=-1, keepdims=True))  # (B, V)
+    if 0 < sampling.top_k < weights.shape[-1]:
+        kth = mx.min(mx.topk(weights, sampling.top_k, axis=-1), axis=-1, keepdims=True)
+        weights = mx.where(weights < kth, 0.0, weights)
+    if sampling.top_p < 1:
+        ascending = mx.sort(weights, axis=-1)
+        mass_above = mx.cumsum(ascending, axis=-1, reverse=True, inclusive=False)
+        total = mass_above[..., :1] + ascending[..., :1]
+        dropped = mx.sum(mass_above >= sampling.top_p * total, axis=-1, keepdims=True)
+        smallest_kept = mx.take_along_axis(ascending, dropped, axis=-1)
+        weights = mx.where(weights < smallest_kept, 0.0, weights)
+    if sampling.min_p > 0:
+        weights = mx.where(weights < sampling.min_p, 0.0, weights)
+    return weights
+
+
+def draw(weights: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
+    """Inverse-transform sampling: the first token whose cumulative weight exceeds ``u`` times the total.
+
+    Args:
+        weights: ``(B, V)`` unnormalised probabilities; uniforms: ``(B,)`` in [0, 1 - 2⁻²³], so that the
+            product stays below the total in float32 and a token of weight 0 is never drawn.
+    Returns:
+        tokens ``(B,)`` int32 and their logprobs ``(B,)`` float32.
+    """
+    cumulative = mx.cumsum(weights, axis=-1)
+    total = cumulative[:, -1:]
+    tokens = mx.sum(cumulative <= uniforms[:, None] * total, axis=-1).astype(mx.int32)
+    chosen = mx.take_along_axis(weights, tokens[:, None], axis=-1)
+    return tokens, mx.log(chosen / total)[:, 0]
+
+
+def uniforms_for(seed: int, step: int, prompt: int, member: int, count: int) -> np.ndarray:
+    """The random numbers of one completion, ``(count,)`` float32 multiples of 2⁻²³ in [0, 1).
+
+    Made on the host, so that every backend samples with the same ones.
+    """
+    generator = np.random.default_rng([seed, step, prompt, member])
+    return (generator.integers(0, 1 << 23, size=count) / float(1 << 23)).astype(np.float32)
+
+
+def complete(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    uniforms: np.ndarray,
+    *,
+    end_ids: frozenset[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    trunk: Trunk | None = None,
+) -> list[Completion]:
+    """Sample one completion for each row.
+
+    Args:
+        model: an mlx-lm model. prompts: token ids of the distinct prompts, none empty.
+        rows: the prompt of each row. uniforms: ``(B, max_new_tokens)``, see :func:`uniforms_for`.
+        end_ids: tokens that end a completion (they are kept in it).
+        trunk: ``find_trunk(model)``, if the caller has it already.
+    Returns:
+        One :class:`Completion` per row, in the order of ``rows``.
+    """
+    trunk = trunk or find_trunk(model)
+    done: dict[int, Completion] = {}
+    for batch in _batches(model, prompts, rows):
+        done.update(_decode(model, trunk, prompts, rows, batch, uniforms, end_ids, max_new_tokens, sampling))
+    return [done[row] for row in range(len(rows))]
+
+
+def _batches(model: nn.Module, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[int]]:
+    """Row numbers that can be decoded together."""
+    if shares_ragged_prompts(model):
+        return [list(range(len(rows)))]
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(rows):
+        by_length.setdefault(len(prompts[prompt]), []).append(row)
+    return list(by_length.values())
+
+
+def _prefill(
+    model: nn.Module, trunk: Trunk | None, prompts: list[Sequence[int]], rows: list[int]
+) -> tuple[list[GroupCache] | list[RepeatedCache], mx.array]:
+    """Caches for ``rows`` and the logits ``(B, V)`` of their first token, each prompt computed once."""
+    lengths = [len(p) for p in prompts]
+    padded = np.zeros((len(prompts), max(lengths)), dtype=np.int32)
+    for i, prompt in enumerate(prompts):
+        padded[i, : len(prompt)] = prompt
+    caches: list[Any] = make_prompt_cache(model)
+    last = mx.array(lengths)[:, None, None] - 1
+    tokens = mx.array(padded)
+    if trunk is not None:
+        states = trunk.hidden(tokens, cache=caches)  # (N, P, D)
+        logits = trunk.head(mx.take_along_axis(states, last, axis=1))[:, 0]  # (N, V)
+    else:
+        logits = mx.take_along_axis(model(tokens, cache=caches), last, axis=1)[:, 0]
+    first = logits[mx.array(rows)]
+    if shares_ragged_prompts(model):
+        return [GroupCache(c, lengths, rows) for c in caches], first
+    return [RepeatedCache(c, rows) for c in caches], first
+
+
+def _decode(
+    model: nn.Module,
+    trunk: Trunk | None,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    batch: list[int],
+    uniforms: np.ndarray,
+    end_ids: frozenset[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> dict[int, Completion]:
+    distinct = sorted({rows[row] for row in batch})
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    caches, logits = _prefill(
+        model, trunk, [prompts[p] for p in distinct], [place[rows[row]] for row in batch]
+    )
+    layers = [c.cache if isinstance(c, RepeatedCache) else c for c in caches]
+    noise = mx.array(uniforms[batch])  # (B, C)
+
+    def step(logits: mx.array, column: int) -> tuple[mx.array, mx.array]:
+        if sampling.temperature == 0:
+            tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
+            logprobs = mx.zeros(tokens.shape)
+        else:
+            tokens, logprobs = draw(sampling_weights(logits, sampling), noise[:, column])
+        # Asynchronous: the host reads this step's tokens while the next step runs.
+        mx.async_eval(tokens, logprobs)
+        return tokens, logprobs
+
+    ids: dict[int, list[int]] = {row: [] for row in batch}
+    logprobs: dict[int, list[float]] = {row: [] for row in batch}
+    ended: set[int] = set()
+    alive = list(batch)
+    newest = step(logits, 0)
+    for column in range(max_new_tokens):
+        following = None
+        if column + 1 < max_new_tokens:
+            following = step(model(newest[0][:, None], cache=layers)[:, -1], column + 1)
+        for row, token, logprob in zip(alive, newest[0].tolist(), newest[1].tolist(), strict=True):
+            if row not in ended:
+                ids[row].append(token)
+                logprobs[row].append(logprob)
+                if token in end_ids:
+                    ended.add(row)
+        if following is None or len(ended) == len(batch):
+            break
+        newest = following
+        keep = [i for i, row in enumerate(alive) if row not in ended]
+        if len(alive) - len(keep) >= max(1, _COMPACT_SHARE * len(alive)):
+            pick = mx.array(keep)
+            for cache in caches:
+                cache.keep(pick)
+            newest, noise = (newest[0][pick], newest[1][pick]), noise[pick]
+            alive = [alive[i] for i in keep]
+    return {row: Completion(ids[row], logprobs[row], row in ended) for row in batch}

@@ -1,0 +1,170 @@
+"""The base language model: made on the spot, loaded, shared between models, saved."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _get_classes, save_config, save_model
+
+from base_setup.backend import compute_dtype
+from base_setup.tokenizer_setup import byte_tokenizer, check_vocabulary, end_token_ids
+from config.errors import CheckpointError, ModelLoadError
+from config.model_config import ModelConfig
+from config.training_config import TrainingConfig
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A base model with what belongs to it."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]  # the contents of its config.json
+    name: str
+
+
+def load_language_model(config: TrainingConfig) -> LanguageModel:
+    """The model that ``config.model_name`` names.
+
+    Raises:
+        ModelLoadError: in a sentence, when there is no such folder or Hugging Face name, when it cannot
+            be read, or when its tokenizer does not fit.
+    """
+    if config.model_name == EMBEDDED:
+        return build_embedded(config.embedded_model, config.seed)
+    name = _existing(config.model_name)
+    try:
+        model, tokenizer, model_config = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
+    except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelLoadError(
+            f'model_name: "{config.model_name}" could not be loaded ({type(error).__name__}: {reason}); give a '
+            'folder with config.json and *.safetensors, a Hugging Face name that can be reached, or "embedded"'
+        ) from error
+    loaded = LanguageModel(model, tokenizer, model_config, config.model_name)
+    _fit_dtype(model)
+    check_vocabulary(tokenizer, vocabulary_size(model, model_config), config.model_name)
+    end_token_ids(tokenizer)
+    return loaded
+
+
+def _existing(name: str) -> str:
+    """Settle folder or hub name ourselves: mlx-lm looks a mistyped folder up on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(f'model_name: the folder "{name}" has no config.json, so it holds no model')
+        return str(path)
+    if path.is_file():
+        raise ModelLoadError(f'model_name: "{name}" is a file; give the folder that contains it')
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise ModelLoadError(
+            f'model_name: there is no folder "{name}", and it is no Hugging Face name either (those look '
+            'like "Qwen/Qwen3-0.6B-Base"); give one of the two, or "embedded" for a small model made on the spot'
+        )
+    return name
+
+
+def _fit_dtype(model: nn.Module) -> None:
+    """Cast the weights where this backend is slow in the checkpoint's own type (bfloat16 on CPU)."""
+
+    def cast(x: mx.array) -> mx.array:
+        return x.astype(compute_dtype(x.dtype)) if mx.issubdtype(x.dtype, mx.floating) else x
+
+    model.update(tree_unflatten([(name, cast(x)) for name, x in tree_flatten(model.parameters())]))
+    mx.eval(model.parameters())
+
+
+def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
+    """Rows of the embedding, read off a forward pass where config.json does not say."""
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return int(size) if size else int(model(mx.array([[0]])).shape[-1])
+
+
+def build_embedded(architecture: ModelConfig, seed: int) -> LanguageModel:
+    """A Qwen3-type model with random weights and a byte tokenizer, the same for the same seed.
+
+    Linear and embedding weights are drawn from N(0, init_std²); norms start at 1.
+    """
+    tokenizer = byte_tokenizer()
+    heads = architecture.num_attention_heads
+    config: dict[str, Any] = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": architecture.hidden_size,
+        "num_hidden_layers": architecture.num_layers,
+        "intermediate_size": architecture.intermediate_size or 4 * architecture.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": architecture.num_key_value_heads or heads,
+        "head_dim": architecture.hidden_size // heads,
+        "rms_norm_eps": architecture.layer_norm_eps,
+        "attention_dropout": architecture.dropout,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "rope_theta": architecture.rope_theta,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "torch_dtype": "float32",
+    }
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    shapes = sorted((name, x.shape) for name, x in tree_flatten(model.parameters()))
+    # A key of its own: the weights do not depend on what was drawn before.
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    weights = [
+        (
+            name,
+            (
+                mx.random.normal(shape, scale=architecture.init_std, key=key)
+                if len(shape) > 1
+                else mx.ones(shape)
+            ),
+        )
+        for (name, shape), key in zip(shapes, keys, strict=True)
+    ]
+    model.update(tree_unflatten(weights))
+    mx.eval(model.parameters())
+    wrapped = TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
+    return LanguageModel(model, wrapped, config, EMBEDDED)
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A second module tree over the same arrays: it costs no memory until one of the two replaces a weight.
+
+    MLX arrays are references and an optimiser replaces them, it never writes into them; so the copy goes
+    on computing what ``model`` computes now, whatever ``model`` learns later.
+    """
+    shared = {id(x): x for _, x in tree_flatten(model.parameters())}
+    return copy.deepcopy(model, shared)  # the memo makes deepcopy keep those arrays
+
+
+def save_language_model(language_model: LanguageModel, folder: Path) -> None:
+    """Write a whole model so that mlx-lm, and ``model_name=folder``, load it like any other."""
+    try:
+        if folder.exists():
+            # mlx-lm merges every model*.safetensors it finds, so a stale shard would override weights.
+            for stale in folder.glob("model*.safetensors*"):
+                stale.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, language_model.model, donate_model=False)  # donating would empty the live model
+        save_config(dict(language_model.config), folder / "config.json")
+        language_model.tokenizer.save_pretrained(str(folder))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: the model could not be written ({error}); free some space "
+            f"({shutil.disk_usage(folder if folder.exists() else Path.cwd()).free / 1e9:.1f} GB are left) "
+            "or choose another folder"
+        ) from error

@@ -1,0 +1,388 @@
+"""Reinforcement learning of a language model: the loop.
+
+rollouts   = generate(prompts)           sample completions
+experience = make_experience(rollouts)   score, compare with the reference, work out advantages
+metrics    = update(experience)          epochs of minibatches through the algorithm's loss
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from base_setup import backend
+from base_setup.lora_setup import trainable_parameters
+from base_setup.tokenizer_setup import prepare_prompts
+from config.errors import (
+    CheckpointError,
+    InvalidConfigurationError,
+    RewardError,
+    ToolkitError,
+    TrainingRuntimeError,
+)
+from config.ppo_config import PPOConfig
+from experience_buffer.data_structures import Experience, Prompt, Rollout
+from models.policy_model import FrozenPolicy, PolicyModel
+from models.reward_model import RewardModel
+from models.sft_model import EMBEDDED, LanguageModel, load_language_model, save_language_model
+from models.value_model import ValueModel
+from monitoring.recorder import RunRecorder
+from ppo_trainer.algorithms import Algorithm, find_algorithm, resolve_config
+from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
+from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
+from ppo_trainer.experience_maker import ExperienceMaker
+from ppo_trainer.generator import Generator
+from ppo_trainer.updater import Updater
+from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
+from rewards.composition import RewardSet
+
+
+class PPOTrainer:
+    """PPO with a value network, or a critic-free method, as ``config.algorithm`` says.
+
+        def reward(completions, **columns):
+            return [float(len(set(text.split()))) for text in completions]
+
+        trainer = PPOTrainer(PPOConfig(model_name="embedded"), reward_model=reward)
+        trainer.train(["Once upon a time"], num_epochs=10)
+
+    Args:
+        config: see ``PPOConfig``; fields that nobody set take the algorithm's own defaults.
+        reward_model: a callable ``f(prompts, completions, **columns) -> list[float]``, a list of them, a
+            mapping from reward to weight, a registered name, or a ``RewardModel``. None: the reference-free
+            default of ``rewards/default_reward.py``.
+        model: a base model that is loaded already, in place of ``config.model_name``.
+        tokenizer: in place of the model's own.
+        policy, value_model, reference: built already, in place of what config asks for.
+        algorithm: a row of your own, in place of ``config.algorithm``.
+        callbacks: as for :meth:`train`, for every run.
+    Raises:
+        InvalidConfigurationError, ModelLoadError, CheckpointError: in a sentence, before training.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        reward_model: Any = None,
+        model: LanguageModel | None = None,
+        tokenizer: TokenizerWrapper | None = None,
+        policy: PolicyModel | None = None,
+        value_model: ValueModel | None = None,
+        reference: FrozenPolicy | None = None,
+        algorithm: Algorithm | None = None,
+        callbacks: Iterable[Callback] = (),
+    ) -> None:
+        self.algorithm = algorithm or find_algorithm(config.algorithm)
+        self.config = config = resolve_config(config, self.algorithm)
+        # Everything that can be refused is refused before a weight is loaded.
+        if reward_model is None:
+            print(
+                "reward: none given, so answers are judged by form alone: not empty, not repetitive, not cut off "
+                "(rewards/default_reward.py)"
+            )
+        RewardSet.build(reward_model if reward_model is not None else "well_formed", config.reward_weights)
+        self.callbacks = list(callbacks)
+        Callbacks(self.callbacks)
+        self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
+
+        backend.seed_everything(config.seed)
+        base = policy.base if policy is not None else model or load_language_model(config)
+        if tokenizer is not None:
+            base = replace(base, tokenizer=tokenizer)
+        self.policy = policy or PolicyModel(base, config)
+        self.rewards = RewardSet.build(
+            _for_tokenizer(reward_model, base.tokenizer) if reward_model is not None else "well_formed",
+            config.reward_weights,
+        )
+        self.value_model = self._build_value(value_model, base)
+        self.reference = reference or self._build_reference()
+        self.kl_controller = self._build_controller()
+        self.generator = Generator(self.policy, config)
+        self.evaluator = Evaluator(self.generator, self.rewards, self.reference, config)
+        self._maker = ExperienceMaker(
+            self.policy,
+            self.value_model,
+            self.reference if self._kl_is_used else None,
+            self.rewards,
+            self.algorithm,
+            self.kl_controller,
+            config,
+        )
+        self._updater: Updater | None = None
+        self.step = 0  # batches of rollouts so far
+        self.episodes = 0  # completions so far
+
+    # -- The loop -------------------------------------------------------------------------------------
+
+    def train(
+        self, prompts: Sequence[Any], num_epochs: int = 10, callbacks: Iterable[Callback] = ()
+    ) -> dict[str, Any]:
+        """Train on ``prompts`` for ``num_epochs`` passes.
+
+        Args:
+            prompts: strings, chat message lists, or mappings with a ``prompt`` whose other fields reach the
+                reward as keyword lists.
+            callbacks: functions ``f(epoch, metrics)`` called after each epoch, or objects with any of the
+                moments of ``ppo_trainer/callbacks.py``. One that returns False stops the run.
+        Returns:
+            The last epoch's metrics (``avg_reward`` among them), ``history`` with one entry per epoch, and
+            ``run_folder``, where metrics, samples, config and the trained weights are.
+        Raises:
+            ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
+        """
+        prepared = self._prepare(prompts)
+        if num_epochs < 1:
+            raise InvalidConfigurationError(f"num_epochs: at least 1 is expected, found {num_epochs}")
+        folder = self._open_run()
+        recorder = RunRecorder(folder, self.config.log_samples_every, self.config.max_logged_samples)
+        told = Callbacks([recorder, EpochPrinter(num_epochs), *self.callbacks, *callbacks])
+        self._updater = self._build_updater(num_epochs * -(-len(prepared) // self.config.batch_size))
+        history: list[dict[str, Any]] = []
+        with self._keeping_what_was_earned(folder):
+            told("on_train_begin", self)
+            for epoch in range(num_epochs):
+                steps = [
+                    self._train_step(batch, epoch, told) for batch in self._batches(prepared, epoch, told)
+                ]
+                history.append(_epoch_metrics(epoch, steps))
+                told("on_epoch_end", epoch, history[-1])
+                if told.stop_requested:
+                    break
+            self.save_model(folder / "final")
+            result = {**history[-1], "history": history, "run_folder": str(folder)}
+            told("on_train_end", result)
+        return result
+
+    def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
+        """One batch of rollouts, from sampling to the last of its updates."""
+        clock = _Clock()
+        rollouts = self.generate(prompts)
+        clock.lap("time/rollout")
+        experience, metrics = self.make_experience(rollouts)
+        clock.lap("time/score")
+        metrics |= self.update(experience)
+        clock.lap("time/update")
+        metrics |= {"step": self.step, "epoch": epoch, "episode": self.episodes, **clock.laps}
+        n_tokens = sum(len(r.completion_ids) for r in rollouts)
+        metrics["num_tokens"] = n_tokens
+        metrics["tokens_per_second"] = n_tokens / max(sum(clock.laps.values()), 1e-9)
+        told("on_step_end", self.step, metrics)
+        told("on_samples", self.step, self._latest_samples)
+        return metrics
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Sample this step's completions: ``group_size`` for each prompt."""
+        self.step += 1
+        rollouts = self.generator.generate(prompts, self.step)
+        self.episodes += len(rollouts)
+        return rollouts
+
+    def make_experience(self, rollouts: Sequence[Rollout]) -> tuple[Experience, dict[str, float]]:
+        """Score rollouts and work out advantages; see :class:`ExperienceMaker`."""
+        scored = score_rollouts(self.rewards, rollouts)
+        self._latest_samples = sample_records(rollouts, scored, self.config.max_logged_samples)
+        minibatch = self.config.minibatch_size or len(rollouts)
+        updates = self.config.num_epochs_per_rollout * -(-len(rollouts) // minibatch)
+        experience, metrics = self._maker.make(rollouts, scored, single_update=updates == 1)
+        if "objective/kl" in metrics:  # the rewards of this batch have used the old coefficient
+            self.kl_controller.update(metrics["objective/kl"], len(rollouts))
+        return experience, metrics
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """All optimiser steps on one batch; see :class:`Updater`."""
+        if self._updater is None:
+            self._updater = self._build_updater(1)
+        return self._updater.update(experience, self.step)
+
+    # -- Around the loop ------------------------------------------------------------------------------
+
+    def evaluate(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """Sample and score one completion per prompt, without training; see :class:`Evaluator`."""
+        return self.evaluator.evaluate(self._prepare(prompts))
+
+    def save_model(self, path: str | Path) -> None:
+        """Write what was trained: an mlx-lm adapter folder, the value network in ``value/``, the config.
+
+        A base model that has no folder of its own is written too, to ``base/``, so that
+        ``mlx_lm.load(path/base, adapter_path=path)`` works.
+        """
+        path = Path(path)
+        self.policy.save(path)
+        if self.value_model is not None:
+            self.value_model.save(path / "value")
+        _write_json(path / "ppo_config.json", self._provenance())
+        if self.policy.base.name == EMBEDDED:
+            save_language_model(self.policy.base, path / "base")
+
+    def load_model(self, path: str | Path) -> None:
+        """Read what :meth:`save_model` wrote for the same base model. The reference stays what it was."""
+        path = Path(path)
+        self.policy.load(path)
+        if self.value_model is not None and (path / "value").is_dir():
+            self.value_model.load(path / "value")
+
+    def _prepare(self, prompts: Sequence[Any]) -> list[Prompt]:
+        return prepare_prompts(
+            self.policy.tokenizer, prompts, max_prompt_length=self.config.max_prompt_length
+        )
+
+    def _batches(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> Iterator[list[Prompt]]:
+        """The epoch's batches: every prompt once, in an order drawn from (seed, epoch)."""
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(prompts)).tolist()
+        for start in range(0, len(order), self.config.batch_size):
+            if told.stop_requested and start > 0:
+                return
+            yield [prompts[i] for i in order[start : start + self.config.batch_size]]
+
+    # -- Building -------------------------------------------------------------------------------------
+
+    @property
+    def _kl_is_used(self) -> bool:
+        return self.algorithm.kl_placement != "none" and self.config.kl_coef > 0
+
+    def _build_value(self, given: ValueModel | None, base: LanguageModel) -> ValueModel | None:
+        if given is not None or not self.algorithm.needs_critic:
+            return given
+        if self.config.value_network == "shared":
+            return ValueModel.on_policy_trunk(self.policy)
+        return ValueModel(base, self.config)
+
+    def _build_reference(self) -> FrozenPolicy:
+        """The policy as it is before the first update.
+
+        A fresh adapter changes nothing, so the reference can do without; one that was loaded is part of it.
+        """
+        return self.policy.frozen_copy(with_adapter=self.config.adapter_path is not None)
+
+    def _build_controller(self) -> FixedKLController:
+        config = self.config
+        if config.kl_target is None:
+            return FixedKLController(config.kl_coef)
+        return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+
+    def _build_updater(self, batches: int) -> Updater:
+        config = self.config
+        rows = config.batch_size * config.group_size
+        per_batch = config.num_epochs_per_rollout * -(-rows // min(config.minibatch_size or rows, rows))
+        return Updater(
+            self.policy,
+            self.value_model,
+            self.algorithm,
+            self.kl_controller,
+            config,
+            total_steps=batches * per_batch,
+        )
+
+    # -- The run folder -------------------------------------------------------------------------------
+
+    def _open_run(self) -> Path:
+        if self.run_folder is None:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            self.run_folder = _prepare_folder(_unused(Path("runs") / f"{self.algorithm.name}-{stamp}"))
+        _write_json(self.run_folder / "config.json", self._provenance())
+        return self.run_folder
+
+    def _provenance(self) -> dict[str, Any]:
+        trainable, total = trainable_parameters(self.policy.model)
+        return {
+            "config": self.config.as_dict(),
+            "algorithm": self.algorithm.name,
+            "rewards": dict(zip(self.rewards.names, self.rewards.weights, strict=True)),
+            "reference": "the policy before the first update",
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "backend": backend.describe(),
+            "versions": {name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
+        }
+
+    @contextmanager
+    def _keeping_what_was_earned(self, folder: Path) -> Iterator[None]:
+        """Whatever ends the run early, the weights are saved first and the message says where."""
+        try:
+            yield
+        except BaseException as error:
+            if self.step > 0:
+                self.save_model(folder / "interrupted")
+                where = f"{folder / 'interrupted'} (after step {self.step})"
+                if isinstance(error, RewardError):
+                    raise RewardError(f"{error} What was learned so far is in {where}.") from error
+                if isinstance(error, ToolkitError):
+                    raise TrainingRuntimeError(f"{error} What was learned so far is in {where}.") from error
+                print(f"stopped: what was learned so far is in {where}")
+            raise
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _epoch_metrics(epoch: int, steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Means over the epoch's steps; ``avg_reward`` is the mean reward, counters are the last step's."""
+    last = {k: v for k, v in steps[-1].items() if k in ("step", "episode", "kl_coef", "lr")}
+    keys = dict.fromkeys(key for step in steps for key in step)
+    means = {key: float(np.mean([step[key] for step in steps if key in step])) for key in keys}
+    return {**means, **last, "epoch": epoch, "avg_reward": means["reward"]}
+
+
+def _for_tokenizer(reward: Any, tokenizer: TokenizerWrapper) -> Any:
+    """Learned reward models read the policy's own tokens where they have the same vocabulary."""
+    if isinstance(reward, RewardModel):
+        return reward.for_tokenizer(tokenizer)
+    if isinstance(reward, (list, tuple)):
+        return [_for_tokenizer(part, tokenizer) for part in reward]
+    return reward
+
+
+def _prepare_folder(name: str | Path) -> Path:
+    """Make the run folder, or say why it cannot be used."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f'output_dir: "{folder}" cannot be written to ({error.strerror or error}); choose another folder'
+        ) from error
+    if (folder / "metrics.jsonl").exists():
+        raise CheckpointError(
+            f'output_dir: "{folder}" already holds a run (metrics.jsonl), and a second one would mix with it; '
+            "choose another folder or remove it"
+        )
+    return folder
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the same with a number where two runs start within a second."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error

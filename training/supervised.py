@@ -1,0 +1,36 @@
+"""What the supervised stages share: drawing batches and walking over optimiser steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from training.model_trainer import StepReport
+
+Row = TypeVar("Row")
+#: Called after each optimiser step with its number (from 1) and its metrics.
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def shuffled_batches(rows: Sequence[Row], size: int, steps: int, seed: int) -> Iterator[list[Row]]:
+    """``steps`` batches of ``size`` rows: epoch after epoch, each in a fresh order, no row twice in one pass."""
+    generator = np.random.default_rng(seed)
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < min(size, len(rows)):
+            queue += generator.permutation(len(rows)).tolist()
+        taken, queue = queue[:size], queue[size:]
+        yield [rows[i] for i in taken]
+
+
+def split(rows: Sequence[Row], size: int | None) -> list[Sequence[Row]]:
+    """Consecutive micro-batches of at most ``size`` rows."""
+    size = size or len(rows)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def step_metrics(report: StepReport, **more: float) -> dict[str, float]:
+    """The metrics that every stage reports."""
+    return {"loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate, **more}
