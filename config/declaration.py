@@ -35,6 +35,7 @@ def _not_bool(value: Any) -> Any:
 
 _number = BeforeValidator(_not_bool)
 PositiveInt = Annotated[int, _number, Field(gt=0)]
+AtLeastTwo = Annotated[int, _number, Field(ge=2)]
 NonNegativeInt = Annotated[int, _number, Field(ge=0)]
 AnyInt = Annotated[int, _number]
 PositiveFloat = Annotated[float, _number, Field(gt=0, allow_inf_nan=False)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config.declaration import NonNegativeFloat, PositiveInt, declared, option
+from config.declaration import AtLeastTwo, NonNegativeFloat, PositiveInt, declared, option
 from config.training_config import TrainingConfig
 
 
@@ -16,9 +16,10 @@ class SFTConfig(TrainingConfig):
 
 @declared
 class RewardModelConfig(TrainingConfig):
-    """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers."""
+    """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers, or on answers with scores."""
 
-    num_steps: PositiveInt = option(200, "Optimiser steps; a step sees batch_size pairs.")
+    num_steps: PositiveInt = option(200, "Optimiser steps; a step sees batch_size pairs or scored answers.")
+    list_size: AtLeastTwo = option(8, "Scored answers compared with each other, all pairs among them; ≥ 2.")
     max_sequence_length: PositiveInt = option(1024, "Longest prompt + completion, in tokens.")
     centering: NonNegativeFloat = option(
         0.0, "Weight of the squared sum of a pair's two scores, which keeps scores around 0; 0.01 is usual."

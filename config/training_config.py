@@ -72,5 +72,6 @@ class TrainingConfig(Declaration):
     output_dir: str | None = option(
         None, "Run folder for metrics, samples, config and weights; none = runs/<stage>-<date>-<time>."
     )
+    verbose: bool = option(True, "Print one line per epoch.")
     log_samples_every: NonNegativeInt = option(10, "Steps between rows of samples.jsonl; 0 = never.")
     max_logged_samples: PositiveInt = option(5, "Completions written each time.")

@@ -145,7 +145,8 @@ class PPOTrainer:
             raise InvalidConfigurationError(f"num_epochs: at least 1 is expected, found {num_epochs}")
         folder = self._open_run()
         recorder = RunRecorder(folder, self.config.log_samples_every, self.config.max_logged_samples)
-        told = Callbacks([recorder, EpochPrinter(num_epochs), *self.callbacks, *callbacks])
+        printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
+        told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
         self._updater = self._build_updater(num_epochs * -(-len(prepared) // self.config.batch_size))
         history: list[dict[str, Any]] = []
         with self._keeping_what_was_earned(folder):

@@ -30,6 +30,7 @@ class Watched(NamedTuple):
     """Sums over tokens that a loss reports beside its value."""
 
     policy: PolicyLossStatistics
+    n_rows: mx.array
     entropy: mx.array
     kl_k1: mx.array
     kl_k3: mx.array
@@ -125,7 +126,8 @@ class Updater:
             critic, clipped = self._critic_loss(values, part, whole)
             objective = objective + config.vf_coef * critic
         statistics = policy_loss_statistics(logprobs, old, part.advantages, mask, ratio=row.ratio, **clip)  # type: ignore[arg-type]
-        watched = Watched(statistics, mx.sum(tokens.entropy), kl_k1, kl_k3, loss, critic, clipped)
+        rows = mx.array(float(part.size))
+        watched = Watched(statistics, rows, mx.sum(tokens.entropy), kl_k1, kl_k3, loss, critic, clipped)
         return objective, watched
 
     def _forward(self, part: Experience) -> tuple[TokenStatistics, mx.array | None]:
@@ -204,6 +206,8 @@ class Updater:
         metrics["first_minibatch/approxkl"] = float(first.policy.approx_kl)
         if self.algorithm.kl_placement != "none" and self.kl_controller.value > 0:
             metrics["kl"] = float(watched.kl_k3) / count
+        if self.algorithm.kl_placement == "loss" and self.kl_controller.value > 0:
+            metrics["objective/kl"] = float(watched.kl_k1) / float(watched.n_rows)
         if self.value is not None and self.value.shared:
             metrics["loss/value_avg"] = float(watched.value_loss) / n
             metrics["val/clipfrac_avg"] = float(watched.value_clipped) / n
