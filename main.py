@@ -23,9 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Training a model of your own takes a few lines of Python: see README.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("--fast", action="store_true", help="every stage in about 20 seconds, learning a little")
+    parser.add_argument(
+        "--fast", action="store_true", help="every stage in about 20 seconds, learning a little"
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="everything random follows from it (default 0)")
-    parser.add_argument("--output", metavar="FOLDER", help="a new or empty folder (default runs/demo-DATE-TIME)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="a new or empty folder (default runs/demo-DATE-TIME)"
+    )
     return parser
 
 

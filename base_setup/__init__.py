@@ -1,1 +1,1 @@
-"""What must stand before anything can learn: backend, tokenizer, adapters, soft prompts, data."""
+"""What must stand before anything can learn: backend, tokenizer, adapters."""

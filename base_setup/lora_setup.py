@@ -7,6 +7,10 @@ An adapter folder written here is what ``mlx_lm.generate --adapter-path``, ``mlx
 
 from __future__ import annotations
 
+import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process before MLX)
+
+# isort: split
+
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
+from base_setup.parameters import named_arrays
 from config.errors import CheckpointError, InvalidConfigurationError
 from config.training_config import TrainingConfig
 
@@ -53,14 +58,15 @@ def prepare_trainable(model: nn.Module, config: TrainingConfig) -> dict[str, Any
         "scale": config.lora_alpha / config.lora_r,  # mlx-lm's scale is alpha / r
         "dropout": config.lora_dropout,
     }
+    # mlx-lm draws the adapters from MLX's global state; dropout later draws from it too.
+    mx.random.seed(config.seed)
     linear_to_lora_layers(model, description["num_layers"], description["lora_parameters"])
     return description
 
 
 def _resume_adapter(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
     folder = Path(str(config.adapter_path)).expanduser()
-    description = read_description(folder)
-    load_adapter(model, folder)
+    description = load_adapter(model, folder)
     if description.get("fine_tune_type") == "full":
         model.set_dtype(mx.float32)
         model.unfreeze()
@@ -76,12 +82,19 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _wrapped(layer: nn.Module) -> nn.Module:
-    return layer["linear"] if "linear" in layer else layer["embedding"]  # type: ignore[no-any-return]
+    return layer["linear"] if "linear" in layer else layer["embedding"]
 
 
 def strip_adapters(model: nn.Module) -> nn.Module:
     """Put the wrapped layers back in place of their adapters, in place, for good."""
     model.update_modules(tree_unflatten([(path, _wrapped(layer)) for path, layer in adapter_layers(model)]))
+    return model
+
+
+def fuse_adapters(model: nn.Module) -> nn.Module:
+    """Add the adapters' updates to the weights they adapt, in place: a plain model again, a base for others."""
+    fused = [(path, layer.fuse()) for path, layer in adapter_layers(model)]
+    model.update_modules(tree_unflatten(fused))
     return model
 
 
@@ -100,16 +113,9 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             model.update_modules(tree_unflatten(layers))
 
 
-def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many numbers train, and how many there are (a quantised weight counts its packed words)."""
-    trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-    total = sum(v.size for _, v in tree_flatten(model.parameters()))
-    return trainable, total
-
-
 def save_adapter(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
     """Write the trainable weights and their description in mlx-lm's layout."""
-    weights = dict(tree_flatten(model.trainable_parameters()))
+    weights = named_arrays(model.trainable_parameters())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(folder / WEIGHTS), weights)
@@ -136,20 +142,39 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Load an adapter folder into ``model``: onto a bare base, or into adapters that are there already."""
-    read_description(folder)
+def load_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Load an adapter folder onto a bare base, making its adapters; returns its description."""
+    description = read_description(folder)
     try:
-        if adapter_layers(model):
-            model.load_weights(str(folder / WEIGHTS), strict=False)
-            expected = {name for name, _ in tree_flatten(model.trainable_parameters())}
-            found = set(mx.load(str(folder / WEIGHTS)))
-            if found != expected:
-                raise ValueError(f"{len(found ^ expected)} tensors differ, e.g. {min(found ^ expected)}")
-        else:
-            load_adapters(model, str(folder))
-        mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{folder}: this adapter does not fit the model ({error}); was it trained on another base?"
-        ) from error
+        load_adapters(model, str(folder))
+    except (ValueError, RuntimeError, KeyError, OSError, AttributeError) as error:
+        raise _misfit(folder, str(error)) from error
+    mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
+    return description
+
+
+def restore_adapter(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
+    """Load an adapter folder into a model that is prepared already; nothing changes unless everything fits."""
+    saved = read_description(folder)
+    for key in ("fine_tune_type", "lora_parameters"):
+        if saved.get(key) != description.get(key):
+            raise _misfit(folder, f"{key} is {saved.get(key)}, here it is {description.get(key)}")
+    try:
+        weights = named_arrays(mx.load(str(folder / WEIGHTS)))
+    except RuntimeError as error:
+        raise _misfit(folder, str(error)) from error
+    mine = {name: x.shape for name, x in named_arrays(model.trainable_parameters()).items()}
+    found = {name: x.shape for name, x in weights.items()}
+    differing = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise _misfit(folder, f"{name} has shape {found.get(name)}, here it is {mine.get(name)}")
+    model.load_weights(list(weights.items()), strict=False)
+    mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
+
+
+def _misfit(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: this adapter does not fit the model ({reason}); was it trained with other settings or on "
+        "another base?"
+    )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process before MLX)
+
+# isort: split
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from config.errors import DataLoadError, ModelLoadError
 from experience_buffer.data_structures import Prompt
+
+#: What every reward is offered besides the fields of the prompts' rows.
+RESERVED_COLUMNS = frozenset({"prompts", "completions", "prompt_ids", "completion_ids", "terminated"})
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -91,6 +98,8 @@ def prepare_prompts(
     """
     if isinstance(prompts, str):
         raise DataLoadError("prompts: a list of prompts is expected, found one string; write [prompt]")
+    if not isinstance(prompts, Sequence):
+        raise DataLoadError(f"prompts: a list of prompts is expected, found {type(prompts).__name__}")
     if len(prompts) == 0:
         raise DataLoadError("prompts: the list is empty; at least one prompt is needed")
     return [_prepare(tokenizer, i, row, max_prompt_length) for i, row in enumerate(prompts)]
@@ -104,6 +113,12 @@ def _prepare(tokenizer: TokenizerWrapper, index: int, row: Any, limit: int) -> P
                 f'prompts[{index}]: "prompt" is missing (fields: {", ".join(map(str, row)) or "none"})'
             )
         columns = {k: v for k, v in row.items() if k != "prompt"}
+        taken = sorted(RESERVED_COLUMNS & columns.keys())
+        if taken:
+            raise DataLoadError(
+                f'prompts[{index}]: the field "{taken[0]}" has the name of something that rewards are given '
+                "anyway; rename it"
+            )
         row = row["prompt"]
     if isinstance(row, str):
         text = row
@@ -115,6 +130,8 @@ def _prepare(tokenizer: TokenizerWrapper, index: int, row: Any, limit: int) -> P
         )
     if not text.strip():
         raise DataLoadError(f"prompts[{index}]: the prompt is empty")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataLoadError(f"prompts[{index}]: the text has half a character (a lone surrogate); repair it")
     ids = encode_prompt(tokenizer, row)
     if len(ids) > limit:
         raise DataLoadError(

@@ -34,7 +34,16 @@ def row(results: dict[str, Any]) -> tuple[float, ...]:
     """The columns of one seed."""
     sft, ppo, grpo = (results[name] for name in ("sft", "ppo", "grpo"))
     accuracy, seconds = results["reward_model_accuracy"], results["seconds"]
-    return (results["seed"], sft["score"], accuracy, ppo["score"], ppo["kl"], grpo["score"], grpo["kl"], seconds)
+    return (
+        results["seed"],
+        sft["score"],
+        accuracy,
+        ppo["score"],
+        ppo["kl"],
+        grpo["score"],
+        grpo["kl"],
+        seconds,
+    )
 
 
 def table(rows: Sequence[tuple[float, ...]]) -> str:

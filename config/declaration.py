@@ -21,7 +21,7 @@ from config.errors import InvalidConfigurationError
 T = TypeVar("T")
 
 
-def option(default: Any, meaning: str) -> Any:
+def option(*, default: Any, meaning: str) -> Any:
     """A field with its default and its one line of documentation (meaning, unit, range, paper symbol)."""
     return Field(default=default, description=meaning)
 
@@ -93,7 +93,7 @@ class Declaration:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
@@ -112,4 +112,4 @@ def declared(cls: type[T]) -> type[T]:
         object.__setattr__(self, "_explicit", frozenset(values))
 
     made.__init__ = __init__
-    return made  # type: ignore[no-any-return]
+    return made

@@ -11,24 +11,33 @@ from config.declaration import Declaration, Fraction, PositiveFloat, PositiveInt
 class ModelConfig(Declaration):
     """A Qwen3-type decoder; the defaults are a 12-layer model, :meth:`tiny` is what demos and tests use."""
 
-    hidden_size: PositiveInt = option(768, "Width of the residual stream, in units (d_model).")
-    num_attention_heads: PositiveInt = option(12, "Query heads per layer; must divide hidden_size.")
+    hidden_size: PositiveInt = option(
+        default=768, meaning="Width of the residual stream, in units (d_model)."
+    )
+    num_attention_heads: PositiveInt = option(
+        default=12, meaning="Query heads per layer; must divide hidden_size."
+    )
     num_key_value_heads: PositiveInt | None = option(
-        None, "Key/value heads per layer, a divisor of the query heads; none = as many as query heads."
+        default=None,
+        meaning="Key/value heads per layer, a divisor of the query heads; none = as many as query heads.",
     )
-    num_layers: PositiveInt = option(12, "Transformer blocks.")
+    num_layers: PositiveInt = option(default=12, meaning="Transformer blocks.")
     intermediate_size: PositiveInt | None = option(
-        None, "Width of the gated MLP, in units; none = 4 × hidden_size."
+        default=None, meaning="Width of the gated MLP, in units; none = 4 × hidden_size."
     )
-    max_position_embeddings: PositiveInt = option(2048, "Longest sequence promised, in tokens.")
-    rope_theta: PositiveFloat = option(10000.0, "Base of the rotary position frequencies.")
+    max_position_embeddings: PositiveInt = option(
+        default=2048, meaning="Longest sequence promised, in tokens."
+    )
+    rope_theta: PositiveFloat = option(default=10000.0, meaning="Base of the rotary position frequencies.")
     dropout: Fraction = option(
-        0.1,
-        "Recorded in config.json as attention_dropout for programs that honour it; mlx-lm's models, and so "
+        default=0.1,
+        meaning="Recorded in config.json as attention_dropout for programs that honour it; mlx-lm's models, and so "
         "our training, have none.",
     )
-    layer_norm_eps: PositiveFloat = option(1e-5, "Added to the variance in RMS normalisation (epsilon).")
-    init_std: PositiveFloat = option(0.02, "Standard deviation of freshly drawn weights.")
+    layer_norm_eps: PositiveFloat = option(
+        default=1e-5, meaning="Added to the variance in RMS normalisation (epsilon)."
+    )
+    init_std: PositiveFloat = option(default=0.02, meaning="Standard deviation of freshly drawn weights.")
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:

@@ -27,73 +27,95 @@ class PPOConfig(TrainingConfig):
     where the row has one, and the default written here otherwise.
     """
 
-    algorithm: str = option("ppo", "A row of ppo_trainer/algorithms.py: ppo, grpo.")
+    algorithm: str = option(default="ppo", meaning="A row of ppo_trainer/algorithms.py: ppo, grpo.")
 
     # Rollouts
-    max_new_tokens: PositiveInt = option(50, "Longest completion, in tokens, the end token included.")
-    group_size: PositiveInt = option(1, "Completions sampled per prompt (G).")
-    temperature: PositiveFloat = option(
-        1.0, "Logits are divided by it, in sampling and in every training pass alike (T)."
+    max_new_tokens: PositiveInt = option(
+        default=50, meaning="Longest completion, in tokens, the end token included."
     )
-    top_p: OpenFraction = option(1.0, "Sample from the smallest set of tokens with this mass; 1 = all.")
-    top_k: NonNegativeInt = option(0, "Sample from the k likeliest tokens; 0 = all.")
+    group_size: PositiveInt = option(default=1, meaning="Completions sampled per prompt (G).")
+    temperature: PositiveFloat = option(
+        default=1.0, meaning="Logits are divided by it, in sampling and in every training pass alike (T)."
+    )
+    top_p: OpenFraction = option(
+        default=1.0, meaning="Sample from the smallest set of tokens with this mass; 1 = all."
+    )
+    top_k: NonNegativeInt = option(default=0, meaning="Sample from the k likeliest tokens; 0 = all.")
     min_p: Fraction = option(
-        0.0, "Drop tokens below this share of the likeliest token's probability; 0 = none."
+        default=0.0, meaning="Drop tokens below this share of the likeliest token's probability; 0 = none."
     )
     allow_truncated_sampling: bool = option(
-        False,
-        "Train although top_p, top_k or min_p cut the distribution sampled from (the gradient is then biased).",
+        default=False,
+        meaning="Train although top_p, top_k or min_p cut the distribution sampled from (the gradient is then biased).",
     )
-    rollout_batch_size: PositiveInt = option(256, "Most completions decoded side by side.")
+    rollout_batch_size: PositiveInt = option(default=256, meaning="Most completions decoded side by side.")
 
     # Advantages
-    gamma: Fraction = option(0.99, "Discount per token (gamma).")
-    lam: Fraction = option(0.95, "Trace decay of generalised advantage estimation (lambda).")
+    gamma: Fraction = option(default=0.99, meaning="Discount per token (gamma).")
+    lam: Fraction = option(default=0.95, meaning="Trace decay of generalised advantage estimation (lambda).")
 
     # Scores
-    reward_weights: list[float] | None = option(None, "Weight of each reward, in order; none = 1 each.")
+    reward_weights: list[float] | None = option(
+        default=None, meaning="Weight of each reward, in order; none = 1 each."
+    )
     missing_end_penalty: NonNegativeFloat = option(
-        0.0, "Subtracted from the score of a completion that was cut off before an end token."
+        default=0.0, meaning="Subtracted from the score of a completion that was cut off before an end token."
     )
 
     # KL to the reference
-    kl_coef: NonNegativeFloat = option(0.1, "Weight of the KL to the reference, per token (beta).")
-    kl_target: PositiveFloat | None = option(
-        None, "KL, in nats per sequence, that the adaptive controller steers to; none = kl_coef is fixed."
+    kl_coef: NonNegativeFloat = option(
+        default=0.1, meaning="Weight of the KL to the reference, per token (beta)."
     )
-    kl_horizon: PositiveInt = option(10000, "Episodes over which the adaptive controller acts.")
+    kl_target: PositiveFloat | None = option(
+        default=None,
+        meaning="KL, in nats per sequence, that the adaptive controller steers to; none = kl_coef is fixed.",
+    )
+    kl_horizon: PositiveInt = option(
+        default=10000, meaning="Episodes over which the adaptive controller acts."
+    )
 
     # Updates
-    num_epochs_per_rollout: PositiveInt = option(1, "Passes over each batch of rollouts (mu, or K epochs).")
-    minibatch_size: PositiveInt | None = option(
-        None, "Completions per optimiser step; none = all of the batch's."
+    num_epochs_per_rollout: PositiveInt = option(
+        default=1, meaning="Passes over each batch of rollouts (mu, or K epochs)."
     )
-    clip_epsilon: PositiveFloat = option(0.2, "The ratio counts as at most 1 ± this (epsilon).")
-    clip_epsilon_high: PositiveFloat | None = option(None, "The upper bound's own epsilon; none = the same.")
+    minibatch_size: PositiveInt | None = option(
+        default=None, meaning="Completions per optimiser step; none = all of the batch's."
+    )
+    clip_epsilon: PositiveFloat = option(
+        default=0.2, meaning="The ratio counts as at most 1 ± this (epsilon)."
+    )
+    clip_epsilon_high: PositiveFloat | None = option(
+        default=None, meaning="The upper bound's own epsilon; none = the same."
+    )
     target_kl: PositiveFloat | None = option(
-        None, "A batch's epochs end when the approximate KL to the sampling policy passes it; none = never."
+        default=None,
+        meaning="A batch's epochs end when the approximate KL to the sampling policy passes it; none = never.",
     )
 
     # Value network
     value_network: Literal["separate", "shared"] = option(
-        "separate", "A network of its own (adapter and head), or a head on the policy's trunk."
+        default="separate",
+        meaning="A network of its own (adapter and head), or a head on the policy's trunk.",
     )
     vf_coef: PositiveFloat = option(
-        0.1, "Weight of the value loss beside the policy loss where they share a trunk (c1)."
+        default=0.1, meaning="Weight of the value loss beside the policy loss where they share a trunk (c1)."
     )
     clip_range_value: PositiveFloat | None = option(
-        0.2, "A value counts as at most this far from its old value in the loss; none = no clip."
+        default=0.2,
+        meaning="A value counts as at most this far from its old value in the loss; none = no clip.",
     )
     value_learning_rate: PositiveFloat | None = option(
-        None, "Learning rate of the separate value network; none = learning_rate."
+        default=None, meaning="Learning rate of the separate value network; none = learning_rate."
     )
     value_warmup_steps: NonNegativeInt = option(
-        0, "First steps in which only the value network learns, so that the policy starts with a critic."
+        default=0,
+        meaning="First steps in which only the value network learns, so that the policy starts with a critic.",
     )
 
     # Evaluation
     eval_temperature: NonNegativeFloat | None = option(
-        None, "Temperature of evaluate(): 0 = the likeliest token; none = the training temperature."
+        default=None,
+        meaning="Temperature of evaluate(): 0 = the likeliest token; none = the training temperature.",
     )
 
     @model_validator(mode="after")

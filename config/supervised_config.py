@@ -10,17 +10,22 @@ from config.training_config import TrainingConfig
 class SFTConfig(TrainingConfig):
     """Options of ``SFTTrainer``: cross-entropy on the completion of each row."""
 
-    num_steps: PositiveInt = option(300, "Optimiser steps.")
-    max_sequence_length: PositiveInt = option(1024, "Longest prompt + completion, in tokens.")
+    num_steps: PositiveInt = option(default=300, meaning="Optimiser steps.")
+    max_sequence_length: PositiveInt = option(default=1024, meaning="Longest prompt + completion, in tokens.")
 
 
 @declared
 class RewardModelConfig(TrainingConfig):
     """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers, or on answers with scores."""
 
-    num_steps: PositiveInt = option(200, "Optimiser steps; a step sees batch_size pairs or scored answers.")
-    list_size: AtLeastTwo = option(8, "Scored answers compared with each other, all pairs among them; ≥ 2.")
-    max_sequence_length: PositiveInt = option(1024, "Longest prompt + completion, in tokens.")
+    num_steps: PositiveInt = option(
+        default=200, meaning="Optimiser steps; a step sees batch_size pairs or scored answers."
+    )
+    list_size: AtLeastTwo = option(
+        default=8, meaning="Scored answers compared with each other, all pairs among them; ≥ 2."
+    )
+    max_sequence_length: PositiveInt = option(default=1024, meaning="Longest prompt + completion, in tokens.")
     centering: NonNegativeFloat = option(
-        0.0, "Weight of the squared sum of a pair's two scores, which keeps scores around 0; 0.01 is usual."
+        default=0.0,
+        meaning="Weight of the squared sum of a pair's two scores, which keeps scores around 0; 0.01 is usual.",
     )

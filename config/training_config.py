@@ -24,54 +24,74 @@ class TrainingConfig(Declaration):
 
     # Model
     model_name: str = option(
-        "Qwen/Qwen3-0.6B-Base",
-        'A Hugging Face name, a local folder, or "embedded" for a small model made on the spot.',
+        default="Qwen/Qwen3-0.6B-Base",
+        meaning='A Hugging Face name, a local folder, or "embedded" for a small model made on the spot.',
     )
     embedded_model: ModelConfig = option(
-        ModelConfig.tiny(), 'Architecture used when model_name is "embedded".'
+        default=ModelConfig.tiny(), meaning='Architecture used when model_name is "embedded".'
     )
-    adapter_path: str | None = option(None, "Folder of an adapter to start from (mlx-lm format).")
+    adapter_path: str | None = option(
+        default=None, meaning="Folder of an adapter to start from (mlx-lm format)."
+    )
     fine_tune_type: Literal["lora", "full"] = option(
-        "lora", "What trains: low-rank adapters or every weight."
+        default="lora", meaning="What trains: low-rank adapters or every weight."
     )
-    lora_r: PositiveInt = option(16, "Rank of the adapters (r).")
-    lora_alpha: PositiveFloat = option(32, "Adapter scaling (alpha); the update is scaled by alpha / r.")
+    lora_r: PositiveInt = option(default=16, meaning="Rank of the adapters (r).")
+    lora_alpha: PositiveFloat = option(
+        default=32, meaning="Adapter scaling (alpha); the update is scaled by alpha / r."
+    )
     lora_dropout: Fraction = option(
-        0.1,
-        "Dropout on the adapters' input in supervised stages. RL passes run without it: two passes over the "
+        default=0.1,
+        meaning="Dropout on the adapters' input in supervised stages. RL passes run without it: two passes over the "
         "same weights must give the same logprobs.",
     )
-    lora_layers: AnyInt = option(-1, "How many blocks get adapters, counted from the last; -1 = all.")
+    lora_layers: AnyInt = option(
+        default=-1, meaning="How many blocks get adapters, counted from the last; -1 = all."
+    )
 
     # Batches and lengths
-    batch_size: PositiveInt = option(4, "Rows (in RL: prompts) per step.")
+    batch_size: PositiveInt = option(default=4, meaning="Rows (in RL: prompts) per step.")
     micro_batch_size: PositiveInt | None = option(
-        None, "Rows per forward and backward pass; gradients add up to the whole batch's. None = all at once."
+        default=None,
+        meaning="Rows per forward and backward pass; gradients add up to the whole batch's. None = all at once.",
     )
-    max_prompt_length: PositiveInt = option(512, "Longest prompt, in tokens; longer ones are refused.")
+    max_prompt_length: PositiveInt = option(
+        default=512, meaning="Longest prompt, in tokens; longer ones are refused."
+    )
 
     # Optimiser (AdamW with bias correction)
-    learning_rate: PositiveFloat = option(1e-5, "Peak step size of AdamW (alpha).")
+    learning_rate: PositiveFloat = option(default=1e-5, meaning="Peak step size of AdamW (alpha).")
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "Course of the learning rate after the warm-up: level, or down to 0 at the last step."
+        default="constant",
+        meaning="Course of the learning rate after the warm-up: level, or down to 0 at the last step.",
     )
-    warmup_steps: NonNegativeInt = option(0, "Optimiser steps over which the learning rate rises from 0.")
+    warmup_steps: NonNegativeInt = option(
+        default=0, meaning="Optimiser steps over which the learning rate rises from 0."
+    )
     max_grad_norm: PositiveFloat | None = option(
-        1.0, "The gradient is scaled down to this global L2 norm when longer; none = never."
+        default=1.0, meaning="The gradient is scaled down to this global L2 norm when longer; none = never."
     )
-    adam_beta1: Fraction = option(0.9, "Decay of the first moment (beta 1).")
-    adam_beta2: Fraction = option(0.999, "Decay of the second moment (beta 2).")
-    adam_eps: PositiveFloat = option(1e-8, "Added to the root of the second moment (epsilon).")
-    weight_decay: NonNegativeFloat = option(0.0, "Decoupled weight decay per step, times learning rate.")
+    adam_beta1: Fraction = option(default=0.9, meaning="Decay of the first moment (beta 1).")
+    adam_beta2: Fraction = option(default=0.999, meaning="Decay of the second moment (beta 2).")
+    adam_eps: PositiveFloat = option(
+        default=1e-8, meaning="Added to the root of the second moment (epsilon)."
+    )
+    weight_decay: NonNegativeFloat = option(
+        default=0.0, meaning="Decoupled weight decay per step, times learning rate."
+    )
     max_skipped_steps: PositiveInt = option(
-        5, "Updates in a row that may be skipped for a loss or gradient that is not finite before stopping."
+        default=5,
+        meaning="Updates in a row that may be skipped for a loss or gradient that is not finite before stopping.",
     )
 
     # Run
-    seed: NonNegativeInt = option(0, "Everything random follows from it.")
+    seed: NonNegativeInt = option(default=0, meaning="Everything random follows from it.")
     output_dir: str | None = option(
-        None, "Run folder for metrics, samples, config and weights; none = runs/<stage>-<date>-<time>."
+        default=None,
+        meaning="Run folder for metrics, samples, config and weights; none = runs/<stage>-<date>-<time>.",
     )
-    verbose: bool = option(True, "Print one line per epoch.")
-    log_samples_every: NonNegativeInt = option(10, "Steps between rows of samples.jsonl; 0 = never.")
-    max_logged_samples: PositiveInt = option(5, "Completions written each time.")
+    verbose: bool = option(default=True, meaning="Print one line per epoch.")
+    log_samples_every: NonNegativeInt = option(
+        default=10, meaning="Steps between rows of samples.jsonl; 0 = never."
+    )
+    max_logged_samples: PositiveInt = option(default=5, meaning="Completions written each time.")

@@ -14,6 +14,8 @@ for training a reward model. The reward is ``rewards.sequential_digits.digit_sco
 How a sequence is drawn, with m = multiple_of and x mod m never negative:
 
     first        x = randint(0, 200), or randint(100, 1000) if decreasing;  x + m − x mod m
+                 (largest_first replaces the 200 or the 1000: prompts go up to 300, and a model that never
+                 saw a first number above 202 guesses there)
     increasing   x = randint(last, last + 50);                              x + m − x mod m
     decreasing   x = randint(last − 10, last − 1);                          x − x mod m
     noise        with this probability, instead: randint(-100, 100)
@@ -55,6 +57,7 @@ def generate_sequences(
     multiple_of: int = 1,
     noise: float = 0.0,
     noise_around: NoiseAround = "zero",
+    largest_first: int | None = None,
     min_length: int = 5,
     max_length: int = 15,
     seed: int = 0,
@@ -62,7 +65,10 @@ def generate_sequences(
     """``n`` sequences: a first number, then ``min_length`` to ``max_length`` more. Two may be the same."""
     _check(n, multiple_of, noise, min_length, max_length)
     rng = random.Random(seed)
-    return [_sequence(rng, increasing, multiple_of, noise, noise_around, min_length, max_length) for _ in range(n)]
+    return [
+        _sequence(rng, increasing, multiple_of, noise, noise_around, largest_first, min_length, max_length)
+        for _ in range(n)
+    ]
 
 
 def scored_sequences(
@@ -72,6 +78,7 @@ def scored_sequences(
     multiple_of: int = 1,
     noise: float = 0.2,
     noise_around: NoiseAround = "zero",
+    largest_first: int | None = None,
     min_length: int = 5,
     max_length: int = 15,
     seed: int = 0,
@@ -83,6 +90,7 @@ def scored_sequences(
         multiple_of=multiple_of,
         noise=noise,
         noise_around=noise_around,
+        largest_first=largest_first,
         min_length=min_length,
         max_length=max_length,
         seed=seed,
@@ -98,6 +106,7 @@ def write_splits(
     multiple_of: int = 1,
     noise: float = 0.2,
     noise_around: NoiseAround = "zero",
+    largest_first: int | None = None,
     min_length: int = 5,
     max_length: int = 15,
     seed: int = 0,
@@ -109,7 +118,11 @@ def write_splits(
     for _ in range(100 * len(SPLITS) * max(num_samples, 1)):
         if len(texts) == len(SPLITS) * num_samples:
             break
-        texts[_sequence(rng, increasing, multiple_of, noise, noise_around, min_length, max_length)] = None
+        texts[
+            _sequence(
+                rng, increasing, multiple_of, noise, noise_around, largest_first, min_length, max_length
+            )
+        ] = None
     else:
         raise InvalidConfigurationError(
             f"Only {len(texts)} different sequences turned up, but {len(SPLITS)} x {num_samples} are needed: "
@@ -174,11 +187,13 @@ def _sequence(
     multiple_of: int,
     noise: float,
     noise_around: NoiseAround,
+    largest_first: int | None,
     min_length: int,
     max_length: int,
 ) -> str:
     length = rng.randint(min_length, max_length)
-    first = rng.randint(0, 200) if increasing else rng.randint(100, 1000)
+    smallest, largest = (0, 200) if increasing else (100, 1000)
+    first = rng.randint(smallest, largest if largest_first is None else largest_first)
     numbers = [_next_multiple(first, multiple_of)]
     while len(numbers) < length + 1:
         last = numbers[-1]
@@ -233,6 +248,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-length", type=int, default=15, help="most numbers after the first")
     parser.add_argument("--noise", type=float, default=0.2, help="probability that a number is arbitrary")
     parser.add_argument(
+        "--largest-first", type=int, help="the first number is at most this, before it is moved to a multiple"
+    )
+    parser.add_argument(
         "--noise-around",
         choices=("zero", "last"),
         default="zero",
@@ -261,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             multiple_of=options.multiple_of,
             noise=options.noise,
             noise_around=options.noise_around,
+            largest_first=options.largest_first,
             min_length=options.min_length,
             max_length=options.max_length,
             seed=options.seed,

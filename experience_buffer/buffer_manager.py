@@ -15,7 +15,7 @@ class Minibatch(NamedTuple):
     """The rows of one optimiser step, split for memory, with the counts that its means divide by."""
 
     micro_batches: list[Experience]
-    n_rows: int
+    n_rows: int  # rows with a True position: a row that could not be scored is not there
     n_tokens: int  # True positions of the mask over all micro-batches
 
 
@@ -54,4 +54,4 @@ class ExperienceBuffer:
         by_width = rows[np.argsort(self._widths[rows], kind="stable")].tolist()
         step = self.micro_batch_size
         parts = [self.experience.rows(by_width[i : i + step]) for i in range(0, len(by_width), step)]
-        return Minibatch(parts, len(by_width), int(self._lengths[rows].sum()))
+        return Minibatch(parts, int((self._lengths[rows] > 0).sum()), int(self._lengths[rows].sum()))

@@ -70,9 +70,18 @@ class Experience(NamedTuple):
     def rows(self, indices: list[int]) -> Experience:
         """The experience of some rows, without the padding that they no longer need."""
         pick = mx.array(indices)
-        taken = [None if a is None else a[pick] for a in self]
-        mask = taken[1]
-        assert mask is not None
-        columns = mx.arange(1, mask.shape[1] + 1)
-        width = max(int(mx.max(mask * columns)), 1)
-        return Experience(taken[0][:, : width + 1], *(None if a is None else a[:, :width] for a in taken[1:]))  # type: ignore[index]
+        mask = self.mask[pick]
+        width = max(int(mx.max(mask * mx.arange(1, mask.shape[1] + 1))), 1)
+
+        def cut(array: mx.array | None) -> mx.array | None:
+            return None if array is None else array[pick, :width]
+
+        return Experience(
+            tokens=self.tokens[pick, : width + 1],
+            mask=mask[:, :width],
+            advantages=self.advantages[pick, :width],
+            old_logprobs=cut(self.old_logprobs),
+            ref_logprobs=cut(self.ref_logprobs),
+            values=cut(self.values),
+            returns=cut(self.returns),
+        )

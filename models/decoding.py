@@ -9,7 +9,7 @@ happens to be decoded beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +23,7 @@ _COMPACT_SHARE = 1 / 8  # rows are dropped when this share of the batch is done:
 
 
 class Sampling(NamedTuple):
-    """The distribution sampled from: softmax(logits / temperature), then top-k, top-p and min-p, in that order."""
+    """The distribution sampled from: softmax(logits / temperature), cut by top-k, top-p, min-p in that order."""
 
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: all
@@ -149,6 +149,11 @@ def _prefill(
     return [RepeatedCache(c, rows) for c in caches], first
 
 
+def _on_host(step: tuple[mx.array, mx.array]) -> tuple[list[int], list[float]]:
+    """One step's tokens and logprobs as Python numbers: the one synchronisation per step."""
+    return cast(list[int], step[0].tolist()), cast(list[float], step[1].tolist())
+
+
 def _decode(
     model: nn.Module,
     trunk: Trunk | None,
@@ -187,7 +192,7 @@ def _decode(
         following = None
         if column + 1 < max_new_tokens:
             following = step(model(newest[0][:, None], cache=layers)[:, -1], column + 1)
-        for row, token, logprob in zip(alive, newest[0].tolist(), newest[1].tolist(), strict=True):
+        for row, token, logprob in zip(alive, *_on_host(newest), strict=True):
             if row not in ended:
                 ids[row].append(token)
                 logprobs[row].append(logprob)

@@ -15,8 +15,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from base_setup.lora_setup import (
     adapter_layers,
     adapters_off,
-    load_adapter,
     prepare_trainable,
+    restore_adapter,
     save_adapter,
     strip_adapters,
 )
@@ -118,7 +118,7 @@ class PolicyModel:
             sampling=Sampling(temperature, top_k, top_p, min_p),
             trunk=self.trunk,
         )
-        tokens, mask = pad_sequences(prompts, [c.ids for c in completions])
+        tokens, _ = pad_sequences(prompts, [c.ids for c in completions])
         ends = mx.array([len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)])
         padding = self.tokenizer.pad_token_id
         pad_id = padding if padding is not None else min(self.end_ids)
@@ -161,7 +161,7 @@ class PolicyModel:
 
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote for the same base model."""
-        load_adapter(self.model, folder)
+        restore_adapter(self.model, self.description, folder)
 
 
 class FrozenPolicy:

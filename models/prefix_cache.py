@@ -24,8 +24,8 @@ class GroupCache:
         """``prompt``: the filled cache of N prompts; ``lengths`` (N,); ``rows[b]``: the prompt of row b."""
         width = prompt.offset
         pick = mx.array(rows)
-        self.keys = prompt.keys[..., :width, :][pick]  # (B, H, P, D)
-        self.values = prompt.values[..., :width, :][pick]
+        keys, values = prompt.keys_and_values()  # (N, H, P, D)
+        self.keys, self.values = keys[pick], values[pick]  # (B, H, P, D)
         self._prompt_width = width
         self._column = width
         ragged = len(set(lengths)) > 1
@@ -93,5 +93,5 @@ def _pick(state: Any, rows: mx.array) -> Any:
 
 
 def shares_ragged_prompts(model: nn.Module) -> bool:
-    """Whether prompts of different lengths can be decoded side by side: every layer keeps plain keys and values."""
+    """Whether prompts of different lengths can be decoded together: every layer keeps plain keys and values."""
     return all(type(cache) is KVCache for cache in make_prompt_cache(model))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from base_setup.lora_setup import load_adapter, prepare_trainable, save_adapter
+from base_setup.lora_setup import prepare_trainable, restore_adapter, save_adapter
 from base_setup.tokenizer_setup import encode, end_token_ids
 from config.errors import CheckpointError
 from config.training_config import TrainingConfig
@@ -67,7 +67,7 @@ class RewardModel:
             batch = sequences[start : start + self.batch_rows]
             tokens, _ = pad_sequences([s[:1] for s in batch], [s[1:] for s in batch])
             raw = self.raw_scores(tokens, mx.array([len(s) for s in batch]))
-            scores += (self.gain * raw + self.bias).tolist()
+            scores += cast(list[float], (self.gain * raw + self.bias).tolist())
         return scores
 
     def __call__(
@@ -133,7 +133,7 @@ class RewardModel:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model ({error})") from error
         model = cls(base or load_language_model(config), config.replace(adapter_path=None))
-        load_adapter(model.module.model, folder)
+        restore_adapter(model.module.model, model.description, folder)
         load_head(model.module.head, folder / HEAD)
         model.gain, model.bias = gain, bias
         return model

@@ -12,11 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes, save_config, save_model
 
 from base_setup.backend import compute_dtype
+from base_setup.parameters import named_arrays
 from base_setup.tokenizer_setup import byte_tokenizer, check_vocabulary, end_token_ids
 from config.errors import CheckpointError, ModelLoadError
 from config.model_config import ModelConfig
@@ -83,7 +84,7 @@ def _fit_dtype(model: nn.Module) -> None:
     def cast(x: mx.array) -> mx.array:
         return x.astype(compute_dtype(x.dtype)) if mx.issubdtype(x.dtype, mx.floating) else x
 
-    model.update(tree_unflatten([(name, cast(x)) for name, x in tree_flatten(model.parameters())]))
+    model.update(tree_unflatten([(name, cast(x)) for name, x in named_arrays(model.parameters()).items()]))
     mx.eval(model.parameters())
 
 
@@ -121,7 +122,7 @@ def build_embedded(architecture: ModelConfig, seed: int) -> LanguageModel:
     }
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
-    shapes = sorted((name, x.shape) for name, x in tree_flatten(model.parameters()))
+    shapes = sorted((name, x.shape) for name, x in named_arrays(model.parameters()).items())
     # A key of its own: the weights do not depend on what was drawn before.
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     weights = [
@@ -147,7 +148,7 @@ def share_weights(model: nn.Module) -> nn.Module:
     MLX arrays are references and an optimiser replaces them, it never writes into them; so the copy goes
     on computing what ``model`` computes now, whatever ``model`` learns later.
     """
-    shared = {id(x): x for _, x in tree_flatten(model.parameters())}
+    shared = {id(x): x for x in named_arrays(model.parameters()).values()}
     return copy.deepcopy(model, shared)  # the memo makes deepcopy keep those arrays
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from base_setup.lora_setup import load_adapter, prepare_trainable, save_adapter
+from base_setup.lora_setup import prepare_trainable, restore_adapter, save_adapter
 from config.training_config import TrainingConfig
 from models.policy_model import PolicyModel, right_padded_lengths
 from models.scalar_head import ScalarHead, load_head, require_trunk, save_head, trunk_width
@@ -72,5 +72,5 @@ class ValueModel:
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote."""
         if not self.shared:
-            load_adapter(self.module.model, folder)
+            restore_adapter(self.module.model, self.description, folder)
         load_head(self.module.head, folder / HEAD)

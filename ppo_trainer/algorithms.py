@@ -112,4 +112,11 @@ def resolve_config(config: PPOConfig, algorithm: Algorithm) -> PPOConfig:
             f"group_size: {algorithm.name} compares the completions of one prompt and needs at least 2, "
             f"found {config.group_size}"
         )
+    completions = config.batch_size * config.group_size
+    if config.kl_target is not None and config.kl_horizon <= 0.2 * completions:
+        # One step of the controller could take the coefficient to 0, and from there it never returns.
+        raise InvalidConfigurationError(
+            f"kl_horizon: {config.kl_horizon} is too short for batches of {completions} completions; "
+            f"more than {0.2 * completions:g} is needed"
+        )
     return config

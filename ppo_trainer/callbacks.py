@@ -41,7 +41,7 @@ class Callbacks:
             method = getattr(callback, moment, None)
             if method is None and moment == "on_epoch_end" and not self._has_moments(callback):
                 method = callback
-            if method is not None and method(*arguments) is False:  # type: ignore[operator]
+            if method is not None and method(*arguments) is False:
                 self.stop_requested = True
 
     @staticmethod

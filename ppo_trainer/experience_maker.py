@@ -106,8 +106,8 @@ class ExperienceMaker:
         kl: mx.array | None,
         group_ids: mx.array,
     ) -> dict[str, float]:
-        mask, rows = experience.mask, experience.size
-        scorable = ~mx.isnan(scores)
+        mask, scorable = experience.mask, ~mx.isnan(scores)
+        rows = mx.maximum(mx.sum(scorable), 1)
         mean_score = masked_mean(scores, scorable)
         values = {
             "objective/scores": mean_score,

@@ -20,7 +20,8 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from base_setup import backend
-from base_setup.lora_setup import trainable_parameters
+from base_setup.lora_setup import read_description
+from base_setup.parameters import count_parameters
 from base_setup.tokenizer_setup import prepare_prompts
 from config.errors import (
     CheckpointError,
@@ -93,6 +94,10 @@ class PPOTrainer:
         RewardSet.build(reward_model if reward_model is not None else "well_formed", config.reward_weights)
         self.callbacks = list(callbacks)
         Callbacks(self.callbacks)
+        if value_model is not None and not self.algorithm.needs_critic:
+            raise InvalidConfigurationError(f"value_model: {self.algorithm.name} has no critic; leave it out")
+        if config.adapter_path is not None:
+            read_description(Path(config.adapter_path).expanduser())
         self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
 
         backend.seed_everything(config.seed)
@@ -105,7 +110,9 @@ class PPOTrainer:
             config.reward_weights,
         )
         self.value_model = self._build_value(value_model, base)
-        self.reference = reference or self._build_reference()
+        self.reference = reference or self._build_reference(
+            fresh=policy is None and config.adapter_path is None
+        )
         self.kl_controller = self._build_controller()
         self.generator = Generator(self.policy, config)
         self.evaluator = Evaluator(self.generator, self.rewards, self.reference, config)
@@ -120,6 +127,7 @@ class PPOTrainer:
         )
         self._updater: Updater | None = None
         self.step = 0  # batches of rollouts so far
+        self.learned_steps = 0  # those that have been learned from, one under way included
         self.episodes = 0  # completions so far
 
     # -- The loop -------------------------------------------------------------------------------------
@@ -141,8 +149,10 @@ class PPOTrainer:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
         prepared = self._prepare(prompts)
-        if num_epochs < 1:
-            raise InvalidConfigurationError(f"num_epochs: at least 1 is expected, found {num_epochs}")
+        if not isinstance(num_epochs, int) or num_epochs < 1:
+            raise InvalidConfigurationError(
+                f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
+            )
         folder = self._open_run()
         recorder = RunRecorder(folder, self.config.log_samples_every, self.config.max_logged_samples)
         printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
@@ -171,8 +181,10 @@ class PPOTrainer:
         clock.lap("time/rollout")
         experience, metrics = self.make_experience(rollouts)
         clock.lap("time/score")
-        metrics |= self.update(experience)
+        metrics = self.update(experience) | metrics  # KL of the policy that sampled, where both have one
         clock.lap("time/update")
+        if "objective/kl" in metrics:  # this batch has used the old coefficient
+            self.kl_controller.update(metrics["objective/kl"], len(rollouts))
         metrics |= {"step": self.step, "epoch": epoch, "episode": self.episodes, **clock.laps}
         n_tokens = sum(len(r.completion_ids) for r in rollouts)
         metrics["num_tokens"] = n_tokens
@@ -195,14 +207,13 @@ class PPOTrainer:
         minibatch = self.config.minibatch_size or len(rollouts)
         updates = self.config.num_epochs_per_rollout * -(-len(rollouts) // minibatch)
         experience, metrics = self._maker.make(rollouts, scored, single_update=updates == 1)
-        if "objective/kl" in metrics:  # the rewards of this batch have used the old coefficient
-            self.kl_controller.update(metrics["objective/kl"], len(rollouts))
         return experience, metrics
 
     def update(self, experience: Experience) -> dict[str, float]:
         """All optimiser steps on one batch; see :class:`Updater`."""
         if self._updater is None:
             self._updater = self._build_updater(1)
+        self.learned_steps = self.step
         return self._updater.update(experience, self.step)
 
     # -- Around the loop ------------------------------------------------------------------------------
@@ -258,12 +269,12 @@ class PPOTrainer:
             return ValueModel.on_policy_trunk(self.policy)
         return ValueModel(base, self.config)
 
-    def _build_reference(self) -> FrozenPolicy:
+    def _build_reference(self, *, fresh: bool) -> FrozenPolicy:
         """The policy as it is before the first update.
 
-        A fresh adapter changes nothing, so the reference can do without; one that was loaded is part of it.
+        A fresh adapter changes nothing, so the reference can do without; one that has learned is part of it.
         """
-        return self.policy.frozen_copy(with_adapter=self.config.adapter_path is not None)
+        return self.policy.frozen_copy(with_adapter=not fresh)
 
     def _build_controller(self) -> FixedKLController:
         config = self.config
@@ -294,7 +305,7 @@ class PPOTrainer:
         return self.run_folder
 
     def _provenance(self) -> dict[str, Any]:
-        trainable, total = trainable_parameters(self.policy.model)
+        trainable, total = count_parameters(self.policy.model)
         return {
             "config": self.config.as_dict(),
             "algorithm": self.algorithm.name,
@@ -312,15 +323,23 @@ class PPOTrainer:
         try:
             yield
         except BaseException as error:
-            if self.step > 0:
-                self.save_model(folder / "interrupted")
-                where = f"{folder / 'interrupted'} (after step {self.step})"
-                if isinstance(error, RewardError):
-                    raise RewardError(f"{error} What was learned so far is in {where}.") from error
-                if isinstance(error, ToolkitError):
-                    raise TrainingRuntimeError(f"{error} What was learned so far is in {where}.") from error
-                print(f"stopped: what was learned so far is in {where}")
+            if self.learned_steps == 0:
+                raise
+            saved = self._save_interrupted(folder / "interrupted")
+            if isinstance(error, RewardError):
+                raise RewardError(f"{error} {saved}") from error
+            if isinstance(error, ToolkitError):
+                raise TrainingRuntimeError(f"{error} {saved}") from error
+            print(saved)
             raise
+
+    def _save_interrupted(self, folder: Path) -> str:
+        """Save, and say so; a second failure must not hide the first."""
+        try:
+            self.save_model(folder)
+        except (ToolkitError, OSError) as error:
+            return f"What was learned could not be saved either: {error}"
+        return f"What was learned so far is in {folder} (after step {self.learned_steps})."
 
 
 class _Clock:
@@ -340,8 +359,14 @@ def _epoch_metrics(epoch: int, steps: Sequence[Mapping[str, float]]) -> dict[str
     """Means over the epoch's steps; ``avg_reward`` is the mean reward, counters are the last step's."""
     last = {k: v for k, v in steps[-1].items() if k in ("step", "episode", "kl_coef", "lr")}
     keys = dict.fromkeys(key for step in steps for key in step)
-    means = {key: float(np.mean([step[key] for step in steps if key in step])) for key in keys}
+    means = {key: _mean_of_numbers([step[key] for step in steps if key in step]) for key in keys}
     return {**means, **last, "epoch": epoch, "avg_reward": means["reward"]}
+
+
+def _mean_of_numbers(values: Sequence[float]) -> float:
+    """The mean, NaN (a step without any score) left out."""
+    numbers = [value for value in values if not np.isnan(value)]
+    return float(np.mean(numbers)) if numbers else float("nan")
 
 
 def _for_tokenizer(reward: Any, tokenizer: TokenizerWrapper) -> Any:

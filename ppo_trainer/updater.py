@@ -80,9 +80,11 @@ class Updater:
         merged: Watched | None = None
         reports: list[StepReport] = []
         value_reports: list[StepReport] = []
-        warming_up = step <= config.value_warmup_steps and self.value_trainer is not None
+        warming_up = max(step, 1) <= config.value_warmup_steps and self.value_trainer is not None
         for epoch in range(config.num_epochs_per_rollout):
             for minibatch in buffer.minibatches(config.seed, step, epoch):
+                if minibatch.n_tokens == 0:
+                    continue  # nothing was scored: not even momentum is a reason to move
                 if not warming_up:
                     # Before the first step the policy is still the one that sampled: its ratio is exactly 1.
                     on_policy = not reports
@@ -126,7 +128,7 @@ class Updater:
             critic, clipped = self._critic_loss(values, part, whole)
             objective = objective + config.vf_coef * critic
         statistics = policy_loss_statistics(logprobs, old, part.advantages, mask, ratio=row.ratio, **clip)  # type: ignore[arg-type]
-        rows = mx.array(float(part.size))
+        rows = mx.sum(mx.any(mask, axis=1)).astype(mx.float32)
         watched = Watched(statistics, rows, mx.sum(tokens.entropy), kl_k1, kl_k3, loss, critic, clipped)
         return objective, watched
 
@@ -144,12 +146,13 @@ class Updater:
         """What the loss divides by, counted over the whole minibatch so that micro-batches add up."""
         return {
             "token_mean": max(whole.n_tokens, 1),
-            "sequence_mean": whole.n_rows,
-            "fixed_length": whole.n_rows * self.config.max_new_tokens,
+            "sequence_mean": max(whole.n_rows, 1),
+            "fixed_length": max(whole.n_rows, 1) * self.config.max_new_tokens,
         }[self.algorithm.reduction]
 
     def _value_step(self, minibatch: Minibatch) -> StepReport:
-        assert self.value_trainer is not None and self.value is not None
+        assert self.value_trainer is not None
+        assert self.value is not None
         value = self.value
 
         def loss(part: Experience) -> tuple[mx.array, tuple[mx.array, mx.array]]:
@@ -159,7 +162,8 @@ class Updater:
         return self.value_trainer.step(loss, minibatch.micro_batches)
 
     def _critic_loss(self, values: mx.array, part: Experience, whole: Minibatch) -> tuple[mx.array, mx.array]:
-        assert part.values is not None and part.returns is not None
+        assert part.values is not None
+        assert part.returns is not None
         arguments = (values, part.values, part.returns, part.mask, self.config.clip_range_value)
         count = max(whole.n_tokens, 1)
         return value_loss(*arguments, denominator=count), value_clip_fraction(*arguments, denominator=count)
@@ -207,7 +211,7 @@ class Updater:
         if self.algorithm.kl_placement != "none" and self.kl_controller.value > 0:
             metrics["kl"] = float(watched.kl_k3) / count
         if self.algorithm.kl_placement == "loss" and self.kl_controller.value > 0:
-            metrics["objective/kl"] = float(watched.kl_k1) / float(watched.n_rows)
+            metrics["objective/kl"] = float(watched.kl_k1) / max(float(watched.n_rows), 1.0)
         if self.value is not None and self.value.shared:
             metrics["loss/value_avg"] = float(watched.value_loss) / n
             metrics["val/clipfrac_avg"] = float(watched.value_clipped) / n

@@ -26,13 +26,13 @@ def find_trunk(model: nn.Module) -> Trunk | None:
 
     The functions look modules up when called, so adapters that are added later are seen.
     """
-    owner = getattr(model, "language_model", model)  # multimodal models keep theirs inside
-    inner = getattr(owner, "model", None) or getattr(owner, "transformer", None)
+    owner: Any = getattr(model, "language_model", model)  # multimodal models keep theirs inside
+    inner: Any = getattr(owner, "model", None) or getattr(owner, "transformer", None)
     if inner is None:
         return None
 
     def hidden(tokens: mx.array, cache: Any = None) -> mx.array:
-        return inner(tokens, cache=cache)  # type: ignore[no-any-return]
+        return inner(tokens, cache=cache)
 
     for head in _head_candidates(owner, inner):
         if _composes(model, hidden, head):

@@ -102,7 +102,9 @@ class RewardTrainer:
         tokenizer, limit = self.reward_model.tokenizer, self.config.max_sequence_length
         ids = [*encode(tokenizer, prompt, special=True), *encode(tokenizer, answer), self.end]
         if len(ids) > limit:
-            raise DataLoadError(f"preference rows[{index}]: {len(ids)} tokens, max_sequence_length is {limit}")
+            raise DataLoadError(
+                f"preference rows[{index}]: {len(ids)} tokens, max_sequence_length is {limit}"
+            )
         return ids
 
     # -- Training -------------------------------------------------------------------------------------
@@ -122,7 +124,9 @@ class RewardTrainer:
             if on_step is not None:
                 on_step(number, metrics)
         self.reward_model.module.eval()
-        self.reward_model.normalise([answer.ids for ranking in rankings[:256] for answer in ranking.answers][:512])
+        self.reward_model.normalise(
+            [answer.ids for ranking in rankings[:256] for answer in ranking.answers][:512]
+        )
         return metrics
 
     def _batches(self, rankings: Sequence[Ranking]) -> Any:
@@ -136,7 +140,9 @@ class RewardTrainer:
 
     def _step(self, trainer: ModelTrainer, batch: Sequence[Ranking]) -> dict[str, float]:
         count = max(sum(len(ranking.comparisons(0)) for ranking in batch), 1)
-        report = trainer.step(lambda part: self._loss(part, count), split(batch, self.config.micro_batch_size))
+        report = trainer.step(
+            lambda part: self._loss(part, count), split(batch, self.config.micro_batch_size)
+        )
         return step_metrics(report, accuracy=sum(float(share) for share in report.extras))
 
     def _loss(self, batch: Sequence[Ranking], count: int) -> tuple[mx.array, mx.array]:

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from base_setup.lora_setup import fuse_adapters
 from base_setup.tokenizer_setup import encode, end_token_ids
 from config.errors import DataLoadError
 from config.supervised_config import SFTConfig
 from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel
 from token_attribution.extractor import pad_sequences
-from training.model_trainer import ModelTrainer
+from training.model_trainer import ModelTrainer, StepReport
 from training.supervised import OnStep, shuffled_batches, split, step_metrics
 
 
@@ -71,15 +72,16 @@ class SFTTrainer:
         batches = shuffled_batches(examples, config.batch_size, config.num_steps, config.seed)
         self.policy.model.train()  # adapter dropout is for this stage
         for number, batch in enumerate(batches, start=1):
-            count = sum(len(e.completion) for e in batch)
-            report = trainer.step(
-                lambda part: (self._loss(part, count), {}), split(batch, config.micro_batch_size)
-            )
-            metrics = step_metrics(report)
+            metrics = step_metrics(self._step(trainer, batch))
             if on_step is not None:
                 on_step(number, metrics)
         self.policy.model.eval()
         return metrics
+
+    def _step(self, trainer: ModelTrainer, batch: Sequence[Example]) -> StepReport:
+        count = sum(len(example.completion) for example in batch)
+        micro_batches = split(batch, self.config.micro_batch_size)
+        return trainer.step(lambda part: (self._loss(part, count), None), micro_batches)
 
     def loss(self, rows: Sequence[Mapping[str, str]]) -> float:
         """Mean negative logprob per completion token over ``rows``, in nats, without training."""
@@ -94,6 +96,7 @@ class SFTTrainer:
 
     @property
     def language_model(self) -> LanguageModel:
-        """The model as trained, adapters included, as a base for the next stage."""
+        """The model as trained, adapters fused into its weights: a base for the next stage."""
         base = self.policy.base
-        return LanguageModel(self.policy.frozen_copy().model, base.tokenizer, base.config, base.name)
+        model = fuse_adapters(self.policy.frozen_copy().model)
+        return LanguageModel(model, base.tokenizer, base.config, base.name)
