@@ -13,7 +13,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Self, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from config.errors import InvalidConfigurationError
@@ -33,14 +33,22 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _all_or_some(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("-1 (all) or at least 1 is expected")
+    return value
+
+
 _number = BeforeValidator(_not_bool)
 PositiveInt = Annotated[int, _number, Field(gt=0)]
 AtLeastTwo = Annotated[int, _number, Field(ge=2)]
 NonNegativeInt = Annotated[int, _number, Field(ge=0)]
-AnyInt = Annotated[int, _number]
+LayerCount = Annotated[int, _number, AfterValidator(_all_or_some)]
+Seed = Annotated[int, _number, Field(ge=0, lt=1 << 64)]
 PositiveFloat = Annotated[float, _number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, _number, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, _number, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, _number, Field(ge=0, lt=1, allow_inf_nan=False)]
 OpenFraction = Annotated[float, _number, Field(gt=0, le=1, allow_inf_nan=False)]
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 from config.declaration import (
-    AnyInt,
+    BelowOne,
     Declaration,
     Fraction,
+    LayerCount,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     declared,
     option,
 )
@@ -45,7 +47,7 @@ class TrainingConfig(Declaration):
         meaning="Dropout on the adapters' input in supervised stages. RL passes run without it: two passes over the "
         "same weights must give the same logprobs.",
     )
-    lora_layers: AnyInt = option(
+    lora_layers: LayerCount = option(
         default=-1, meaning="How many blocks get adapters, counted from the last; -1 = all."
     )
 
@@ -71,8 +73,8 @@ class TrainingConfig(Declaration):
     max_grad_norm: PositiveFloat | None = option(
         default=1.0, meaning="The gradient is scaled down to this global L2 norm when longer; none = never."
     )
-    adam_beta1: Fraction = option(default=0.9, meaning="Decay of the first moment (beta 1).")
-    adam_beta2: Fraction = option(default=0.999, meaning="Decay of the second moment (beta 2).")
+    adam_beta1: BelowOne = option(default=0.9, meaning="Decay of the first moment (beta 1).")
+    adam_beta2: BelowOne = option(default=0.999, meaning="Decay of the second moment (beta 2).")
     adam_eps: PositiveFloat = option(
         default=1e-8, meaning="Added to the root of the second moment (epsilon)."
     )
@@ -85,7 +87,7 @@ class TrainingConfig(Declaration):
     )
 
     # Run
-    seed: NonNegativeInt = option(default=0, meaning="Everything random follows from it.")
+    seed: Seed = option(default=0, meaning="Everything random follows from it.")
     output_dir: str | None = option(
         default=None,
         meaning="Run folder for metrics, samples, config and weights; none = runs/<stage>-<date>-<time>.",

@@ -46,7 +46,7 @@ MODEL = ModelConfig(
     hidden_size=128, num_attention_heads=4, num_key_value_heads=2, num_layers=2, intermediate_size=256
 )
 LONGEST_ANSWER = 32  # tokens; six three-digit numbers with their spaces and the end token are 25
-TEMPERATURE = 0.8  # in rollouts, in every logprob, and in the evaluation of all models
+TEMPERATURE = 0.7  # in rollouts, in every logprob, and in the evaluation of all models
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO, learned reward", "grpo": "GRPO, true score"}
 
 
@@ -116,7 +116,7 @@ def rl_config(algorithm: str, seed: int, output: Path) -> PPOConfig:
         verbose=False,
     )
     if algorithm == "ppo":
-        return shared.replace(lam=0.98, kl_coef=0.04, value_learning_rate=3e-3, value_warmup_steps=3)
+        return shared.replace(lam=0.98, kl_coef=0.05, value_learning_rate=3e-3, value_warmup_steps=3)
     return shared.replace(kl_coef=0.005)
 
 

@@ -32,7 +32,7 @@ class ExperienceBuffer:
         """None: all rows at once."""
         self.experience = experience
         self.minibatch_size = min(minibatch_size or experience.size, experience.size)
-        self.micro_batch_size = micro_batch_size or self.minibatch_size
+        self.micro_batch_size = min(micro_batch_size or self.minibatch_size, self.minibatch_size)
         self._lengths = np.array(mx.sum(experience.mask, axis=1))  # (B,) tokens per row
         self._widths = np.array(mx.max(experience.mask * mx.arange(1, experience.mask.shape[1] + 1), axis=1))
 
@@ -44,6 +44,10 @@ class ExperienceBuffer:
     def minibatches(self, *seed: int) -> Iterator[Minibatch]:
         """One epoch: every row exactly once, in an order drawn from ``seed``."""
         size = self.experience.size
+        if self.micro_batch_size >= size:
+            # All rows at once: no order to draw, and the very arrays that the reference saw, to the last bit.
+            yield Minibatch([self.experience], int((self._lengths > 0).sum()), int(self._lengths.sum()))
+            return
         order = np.random.default_rng(seed).permutation(size)
         # Sizes differ by one row at most: a last minibatch of two rows would take as long a step as any other.
         for rows in np.array_split(order, self.minibatches_per_epoch):
