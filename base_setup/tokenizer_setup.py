@@ -17,7 +17,7 @@ from config.errors import DataLoadError, ModelLoadError
 from experience_buffer.data_structures import Prompt
 
 #: What every reward is offered besides the fields of the prompts' rows.
-RESERVED_COLUMNS = frozenset({"prompts", "completions", "prompt_ids", "completion_ids", "terminated"})
+RESERVED_COLUMNS = frozenset({"self", "prompts", "completions", "prompt_ids", "completion_ids", "terminated"})
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

@@ -81,22 +81,17 @@ class Declaration:
     _explicit = frozenset[str]()  # names that were given to the constructor
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with ``changes``; what was set on purpose before stays so."""
-        kept = {name: getattr(self, name) for name in self._explicit}
-        copy = type(self)(**{**kept, **changes})
-        return copy.with_defaults(
-            {
-                f.name: getattr(self, f.name)
-                for f in dataclasses.fields(self)  # type: ignore[arg-type]
-                if f.name not in kept and f.name not in changes
-            }
-        )
+        """A copy with ``changes``, which count as set on purpose, like what was set so before."""
+        return self._copy(changes, self._explicit | changes.keys())
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """A copy in which the fields that nobody set take these values instead of the declared defaults."""
-        kept = {name: getattr(self, name) for name in self._explicit}
-        copy = type(self)(**{**defaults, **kept})
-        object.__setattr__(copy, "_explicit", self._explicit)
+        """A copy in which the fields that nobody set on purpose take these values."""
+        return self._copy({k: v for k, v in defaults.items() if k not in self._explicit}, self._explicit)
+
+    def _copy(self, changes: Mapping[str, Any], explicit: Iterable[str]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        copy = type(self)(**{**values, **changes})
+        object.__setattr__(copy, "_explicit", frozenset(explicit))  # the dataclass is frozen
         return copy
 
     def as_dict(self) -> dict[str, Any]:

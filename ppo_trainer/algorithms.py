@@ -112,6 +112,15 @@ def resolve_config(config: PPOConfig, algorithm: Algorithm) -> PPOConfig:
             f"group_size: {algorithm.name} compares the completions of one prompt and needs at least 2, "
             f"found {config.group_size}"
         )
+    if config.value_warmup_steps and config.value_network == "shared":
+        raise InvalidConfigurationError(
+            "value_warmup_steps: a head on the policy's trunk cannot learn without the policy; set it to 0, or "
+            'value_network to "separate"'
+        )
+    if config.kl_target is not None and config.kl_coef == 0:
+        raise InvalidConfigurationError(
+            "kl_target: the controller multiplies kl_coef, and 0 stays 0; set kl_coef to where it should start"
+        )
     completions = config.batch_size * config.group_size
     if config.kl_target is not None and config.kl_horizon <= 0.2 * completions:
         # One step of the controller could take the coefficient to 0, and from there it never returns.

@@ -97,8 +97,8 @@ class Evaluator:
         """Metrics over ``prompts`` and all samples.
 
         Returns:
-            ``avg_reward`` (= ``reward``) and its components, ``objective/kl`` in nats per sequence (k1) and
-            ``completions/…``; ``samples``: one record per prompt.
+            ``avg_reward`` (= ``reward``) and its components, ``objective/kl`` in nats per sequence (k1, at the
+            training temperature) and ``completions/…``; ``samples``: one record per prompt.
         """
         rollouts = self.generator.generate(
             prompts, EVALUATION_STEP, group_size=1, temperature=self.config.eval_temperature

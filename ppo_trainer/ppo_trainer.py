@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from base_setup import backend
 from base_setup.lora_setup import read_description
 from base_setup.parameters import count_parameters
-from base_setup.tokenizer_setup import prepare_prompts
+from base_setup.tokenizer_setup import check_vocabulary, prepare_prompts
 from config.errors import (
     CheckpointError,
     InvalidConfigurationError,
@@ -34,7 +34,13 @@ from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import FrozenPolicy, PolicyModel
 from models.reward_model import RewardModel
-from models.sft_model import EMBEDDED, LanguageModel, load_language_model, save_language_model
+from models.sft_model import (
+    EMBEDDED,
+    LanguageModel,
+    load_language_model,
+    save_language_model,
+    vocabulary_size,
+)
 from models.value_model import ValueModel
 from monitoring.recorder import RunRecorder
 from ppo_trainer.algorithms import Algorithm, find_algorithm, resolve_config
@@ -96,6 +102,10 @@ class PPOTrainer:
         Callbacks(self.callbacks)
         if value_model is not None and not self.algorithm.needs_critic:
             raise InvalidConfigurationError(f"value_model: {self.algorithm.name} has no critic; leave it out")
+        if tokenizer is not None and policy is not None:
+            raise InvalidConfigurationError(
+                "tokenizer: a policy that is given has its own; leave one of them out"
+            )
         if config.adapter_path is not None:
             read_description(Path(config.adapter_path).expanduser())
         self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
@@ -103,6 +113,7 @@ class PPOTrainer:
         backend.seed_everything(config.seed)
         base = policy.base if policy is not None else model or load_language_model(config)
         if tokenizer is not None:
+            check_vocabulary(tokenizer, vocabulary_size(base.model, base.config), "tokenizer")
             base = replace(base, tokenizer=tokenizer)
         self.policy = policy or PolicyModel(base, config)
         self.rewards = RewardSet.build(
@@ -129,6 +140,8 @@ class PPOTrainer:
         self.step = 0  # batches of rollouts so far
         self.learned_steps = 0  # those that have been learned from, one under way included
         self.episodes = 0  # completions so far
+        self.epochs = 0  # passes over prompts so far
+        self._recorder: RunRecorder | None = None
 
     # -- The loop -------------------------------------------------------------------------------------
 
@@ -136,6 +149,9 @@ class PPOTrainer:
         self, prompts: Sequence[Any], num_epochs: int = 10, callbacks: Iterable[Callback] = ()
     ) -> dict[str, Any]:
         """Train on ``prompts`` for ``num_epochs`` passes.
+
+        Called again, it goes on with the weights, counters and run folder of the last time, and with fresh
+        optimisers.
 
         Args:
             prompts: strings, chat message lists, or mappings with a ``prompt`` whose other fields reach the
@@ -154,7 +170,10 @@ class PPOTrainer:
                 f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
             )
         folder = self._open_run()
-        recorder = RunRecorder(folder, self.config.log_samples_every, self.config.max_logged_samples)
+        recorder = self._recorder or RunRecorder(
+            folder, self.config.log_samples_every, self.config.max_logged_samples
+        )
+        self._recorder = recorder
         printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
         told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
         self._updater = self._build_updater(num_epochs * -(-len(prepared) // self.config.batch_size))
@@ -162,9 +181,7 @@ class PPOTrainer:
         with self._keeping_what_was_earned(folder):
             told("on_train_begin", self)
             for epoch in range(num_epochs):
-                steps = [
-                    self._train_step(batch, epoch, told) for batch in self._batches(prepared, epoch, told)
-                ]
+                steps = [self._train_step(batch, epoch, told) for batch in self._batches(prepared, told)]
                 history.append(_epoch_metrics(epoch, steps))
                 told("on_epoch_end", epoch, history[-1])
                 if told.stop_requested:
@@ -220,7 +237,10 @@ class PPOTrainer:
 
     def evaluate(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Sample and score one completion per prompt, without training; see :class:`Evaluator`."""
-        return self.evaluator.evaluate(self._prepare(prompts))
+        metrics = self.evaluator.evaluate(self._prepare(prompts))
+        told = Callbacks([*([self._recorder] if self._recorder else []), *self.callbacks])
+        told("on_evaluate", self.step, {k: v for k, v in metrics.items() if k != "samples"})
+        return metrics
 
     def save_model(self, path: str | Path) -> None:
         """Write what was trained: an mlx-lm adapter folder, the value network in ``value/``, the config.
@@ -248,9 +268,10 @@ class PPOTrainer:
             self.policy.tokenizer, prompts, max_prompt_length=self.config.max_prompt_length
         )
 
-    def _batches(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> Iterator[list[Prompt]]:
-        """The epoch's batches: every prompt once, in an order drawn from (seed, epoch)."""
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(prompts)).tolist()
+    def _batches(self, prompts: Sequence[Prompt], told: Callbacks) -> Iterator[list[Prompt]]:
+        """The epoch's batches: every prompt once, in an order drawn from (seed, epochs so far)."""
+        order = np.random.default_rng([self.config.seed, self.epochs]).permutation(len(prompts)).tolist()
+        self.epochs += 1
         for start in range(0, len(order), self.config.batch_size):
             if told.stop_requested and start > 0:
                 return
@@ -375,6 +396,8 @@ def _for_tokenizer(reward: Any, tokenizer: TokenizerWrapper) -> Any:
         return reward.for_tokenizer(tokenizer)
     if isinstance(reward, (list, tuple)):
         return [_for_tokenizer(part, tokenizer) for part in reward]
+    if isinstance(reward, Mapping):
+        return {_for_tokenizer(part, tokenizer): weight for part, weight in reward.items()}
     return reward
 
 

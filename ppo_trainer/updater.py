@@ -207,7 +207,9 @@ class Updater:
         }
         first = _merge(reports[0])
         metrics["first_minibatch/ratio_max"] = float(first.policy.ratio_max)
-        metrics["first_minibatch/approxkl"] = float(first.policy.approx_kl)
+        metrics["first_minibatch/approxkl"] = float(first.policy.approx_kl) / max(
+            float(first.policy.token_count), 1.0
+        )
         if self.algorithm.kl_placement != "none" and self.kl_controller.value > 0:
             metrics["kl"] = float(watched.kl_k3) / count
         if self.algorithm.kl_placement == "loss" and self.kl_controller.value > 0:
