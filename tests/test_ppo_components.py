@@ -533,3 +533,19 @@ def test_every_option_is_read_by_the_code() -> None:
 def test_the_reader_of_attributes_sees_reads_and_not_mentions() -> None:
     text = "a = config.kl_coef\nconfig.seed = 1\ngetattr(config, 'gamma')\nf(lam=1)\n'config.batch_size'"
     assert attributes_read(text) == {"kl_coef", "gamma"}
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InvalidConfigurationError, match="value_warmup_steps: a head on the policy's trunk"):
+        resolve_config(PPOConfig(value_network="shared", value_warmup_steps=2), find_algorithm("ppo"))
+    with pytest.raises(InvalidConfigurationError, match=r"kl_target: .* 0 stays 0"):
+        resolve_config(PPOConfig(kl_target=6.0, kl_coef=0.0), find_algorithm("ppo"))
+
+
+def test_defaults_of_several_sources_add_up_and_never_beat_what_was_set() -> None:
+    config = (
+        PPOConfig(gamma=0.5).with_defaults({"group_size": 3, "gamma": 0.1}).with_defaults({"kl_coef": 0.5})
+    )
+    assert (config.gamma, config.group_size, config.kl_coef) == (0.5, 3, 0.5)
+    assert resolve_config(config, find_algorithm("grpo")).group_size == 8  # a later source wins
+    assert resolve_config(config.replace(group_size=3), find_algorithm("grpo")).group_size == 3

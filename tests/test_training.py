@@ -1348,3 +1348,46 @@ def test_numbers_that_are_not_finite_stop_the_run_after_a_while_and_not_the_weig
     with pytest.raises(TrainingRuntimeError, match=r"3 updates in a row .*interrupted"):
         trainer.train(PROMPTS, num_epochs=10)
     assert same(arrays(trainer.policy.model), before)
+
+
+def test_evaluation_reaches_callbacks_and_the_metrics_file(tmp_path: Path) -> None:
+    seen: list[tuple[int, Mapping[str, Any]]] = []
+
+    class Watch:
+        def on_evaluate(self, step: int, metrics: Mapping[str, Any]) -> None:
+            seen.append((step, metrics))
+
+    trainer = PPOTrainer(config(tmp_path, **GRPO), reward_model=even_share, callbacks=[Watch()])
+    trainer.train(PROMPTS, num_epochs=2)
+    metrics = trainer.evaluate(PROMPTS)
+    assert [step for step, _ in seen] == [2]
+    assert seen[0][1]["avg_reward"] == metrics["avg_reward"]
+    lines = [
+        line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line.get("kind") == "evaluate"
+    ]
+    assert [line["eval/avg_reward"] for line in lines] == [pytest.approx(metrics["avg_reward"])]
+
+
+def test_a_second_train_goes_on_with_other_orders_and_other_samples(tmp_path: Path) -> None:
+    trainer = PPOTrainer(config(tmp_path, batch_size=1, **GRPO), reward_model=even_share)
+    trainer.train(PROMPTS, num_epochs=1)
+    trainer.train(PROMPTS, num_epochs=1)
+    lines = steps_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["reward"] for line in lines[:4]] != [line["reward"] for line in lines[4:]]
+
+
+def test_a_learned_reward_reads_texts_where_the_policy_has_another_vocabulary(tmp_path: Path) -> None:
+    """In a list, and as a key of a mapping of weights."""
+    base = build_embedded(SMALLEST, seed=4)
+    judge = RewardModel(base, config(tmp_path))
+    policy_base = build_embedded(SMALLEST, seed=5)
+    policy_base.tokenizer._tokenizer.add_tokens(["hello"])  # their ids now differ
+    for spec in ([judge], {judge: 2.0}):
+        trainer = PPOTrainer(
+            config(tmp_path).replace(output_dir=None),
+            reward_model=spec,
+            policy=PolicyModel(policy_base, config(tmp_path)),
+        )
+        assert trainer.rewards.rewards[0] is not judge
+        assert trainer.rewards.rewards[0](prompts=["a"], completions=["b"]) == judge.score_texts(["a"], ["b"])
