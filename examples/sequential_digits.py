@@ -70,9 +70,9 @@ def sft_config(scale: Scale, seed: int) -> SFTConfig:
         model_name="embedded",
         embedded_model=MODEL,
         fine_tune_type="full",
-        learning_rate=3e-3,
+        learning_rate=2.5e-3,
         lr_schedule="cosine",
-        warmup_steps=20,
+        warmup_steps=40,
         batch_size=32,
         num_steps=scale.sft_steps,
         seed=seed,
@@ -110,6 +110,7 @@ def rl_config(algorithm: str, seed: int, output: Path) -> PPOConfig:
         num_epochs_per_rollout=1,
         learning_rate=1e-3,
         lr_schedule="linear",
+        warmup_steps=20,  # Adam's first steps are as long as any: unwarmed, one batch moved the policy by 18 nats
         gamma=1.0,
         seed=seed,
         output_dir=str(output / algorithm),
@@ -127,20 +128,25 @@ def imitation_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Noisy sequences of even numbers with the true score of their continuation, as text."""
+    """Noisy sequences of even numbers with the true score of their continuation, as text.
+
+    Answers of every length, the empty one included: what a reward model has not seen, a policy will find.
+    """
     texts = generate_sequences(
         count,
         multiple_of=2,
         noise=0.2,
         noise_around="last",
         largest_first=300,
-        min_length=2,
+        min_length=1,
         max_length=7,
         seed=seed,
     )
     rows = []
-    for text in texts:
+    for number, text in enumerate(texts):
         prompt, completion = split_query(text)
+        if number % 25 == 0:
+            completion = ""
         rows.append(
             {"prompt": prompt, "completion": completion, "reward": str(digit_score(prompt, completion))}
         )
