@@ -1,0 +1,202 @@
+"""Sampling: the distribution, the draw, and rows that do not know of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.utils import _get_classes
+
+from config.model_config import ModelConfig
+from models.decoding import Completion, Sampling, complete, draw, sampling_weights, uniforms_for
+from models.sft_model import build_embedded
+from token_attribution.extractor import pad_sequences
+from token_attribution.logprob_computer import token_logprobs
+from token_attribution.trunk import find_trunk
+
+SMALL = ModelConfig(
+    hidden_size=32,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    num_layers=2,
+    intermediate_size=64,
+    init_std=0.3,
+)
+PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "llama": {**TINY, "model_type": "llama"},
+    "gemma3_text": {
+        **TINY,
+        "model_type": "gemma3_text",
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 16,
+        "rope_local_base_freq": 10000.0,
+    },
+    "qwen3_moe": {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "mamba2": {
+        **TINY,
+        "model_type": "mamba2",
+        "num_heads": 4,
+        "head_dim": 16,
+        "state_size": 8,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "expand": 2,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_limit": [0.0, 10.0],
+        "time_step_rank": "auto",
+        "residual_in_fp32": False,
+        "rms_norm": True,
+        "chunk_size": 8,
+    },
+}
+
+
+def tiny(config: dict[str, Any]) -> nn.Module:
+    mx.random.seed(3)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    mx.eval(model.parameters())
+    return model
+
+
+def weights(**options: Any) -> list[float]:
+    logits = mx.log(mx.array([PROBABILITIES]))
+    return [round(x, 4) for x in sampling_weights(logits, Sampling(**options))[0].tolist()]
+
+
+def test_the_cuts_by_hand() -> None:
+    """Weights are relative to the likeliest token: 0.4, 0.3, 0.15, 0.1, 0.05 over 0.4."""
+    assert weights() == [1.0, 0.75, 0.375, 0.25, 0.125]
+    assert weights(top_k=2) == [1.0, 0.75, 0, 0, 0]
+    assert weights(top_p=0.7) == [1.0, 0.75, 0, 0, 0]
+    assert weights(top_p=0.71) == [1.0, 0.75, 0.375, 0, 0]  # the smallest set with at least this mass
+    assert weights(min_p=0.3) == [1.0, 0.75, 0.375, 0, 0]
+    assert weights(temperature=0.5) == [1.0, 0.5625, 0.1406, 0.0625, 0.0156]  # squared
+    assert weights(temperature=0.5, min_p=0.1) == [1.0, 0.5625, 0.1406, 0, 0]  # cut after the temperature
+
+
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
+    """Weights 0, 1, 0, 3, 0: below a quarter it is token 1, from there on token 3, and never another."""
+    last = 1 - 2.0**-23
+    uniforms = mx.array([0.0, 0.2, 0.25, 0.6, last])
+    tokens, logprobs = draw(mx.array([[0.0, 1, 0, 3, 0]] * 5), uniforms)
+    assert tokens.tolist() == [1, 1, 3, 3, 3]
+    np.testing.assert_allclose(np.array(logprobs), np.log([0.25, 0.25, 0.75, 0.75, 0.75]), atol=1e-6)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
+    n = 20_000
+    uniforms = mx.array(uniforms_for(0, 0, 0, 0, n))
+    tokens, _ = draw(mx.broadcast_to(mx.array(PROBABILITIES), (n, 5)), uniforms)
+    shares = np.bincount(np.array(tokens), minlength=5) / n
+    for share, p in zip(shares, PROBABILITIES, strict=True):
+        assert abs(share - p) < 4 * np.sqrt(p * (1 - p) / n)
+
+
+def test_random_numbers_are_named_by_all_four() -> None:
+    first = uniforms_for(1, 2, 3, 4, 8)
+    assert np.array_equal(first, uniforms_for(1, 2, 3, 4, 8))
+    assert first.max() < 1
+    for other in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)):
+        assert not np.array_equal(first, uniforms_for(*other, 8))
+
+
+def sample(
+    model: nn.Module,
+    prompts: list[list[int]],
+    rows: list[int],
+    names: list[int],
+    ends: frozenset[int],
+    **sampling: Any,
+) -> list[Completion]:
+    uniforms = np.stack([uniforms_for(0, 0, name, 0, 10) for name in names])
+    return complete(
+        model, prompts, rows, uniforms, end_ids=ends, max_new_tokens=10, sampling=Sampling(**sampling)
+    )
+
+
+def test_rows_know_nothing_of_each_other() -> None:
+    """Ragged prompts, rows that end early and leave: each completion is the one it would be alone."""
+    model = build_embedded(SMALL, seed=1).model
+    prompts, rows = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]], [0, 0, 1, 2, 1, 0]
+    ends = frozenset(range(0, 259, 9))  # an end about every ninth token
+    together = sample(model, prompts, rows, list(range(6)), ends)
+    assert len({len(c.ids) for c in together}) > 2
+    for name, (row, expected) in enumerate(zip(rows, together, strict=True)):
+        alone = sample(model, [prompts[row]], [0], [name], ends)[0]
+        assert alone.ids == expected.ids
+        np.testing.assert_allclose(alone.logprobs, expected.logprobs, atol=1e-5)
+    backwards = sample(model, prompts[::-1], [2 - r for r in rows[::-1]], list(range(6))[::-1], ends)
+    assert [c.ids for c in backwards[::-1]] == [c.ids for c in together]
+
+
+def test_the_end_token_is_the_last_and_only_one_kept() -> None:
+    model = build_embedded(SMALL, seed=1).model
+    ends = frozenset(range(0, 259, 9))
+    for completion in sample(model, [[1, 2, 3]], [0] * 12, list(range(12)), ends):
+        assert [token in ends for token in completion.ids[:-1]] == [False] * (len(completion.ids) - 1)
+        assert completion.terminated == (completion.ids[-1] in ends)
+        assert len(completion.logprobs) == len(completion.ids) <= 10
+        assert completion.terminated or len(completion.ids) == 10
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_cached_decoding_is_the_full_forward_whatever_the_architecture(name: str) -> None:
+    """Greedy tokens of ragged prompts step by step, and sampled logprobs at T = 0.7."""
+    model = tiny(OTHERS[name])
+    prompts, rows = [[1, 2, 3, 4, 5], [6, 7], [8, 9]], [0, 1, 2, 1]
+    for row, completion in zip(
+        rows, sample(model, prompts, rows, [0, 1, 2, 3], frozenset(), temperature=0), strict=True
+    ):
+        tokens = list(prompts[row])
+        for chosen in completion.ids:
+            logits = model(mx.array([tokens]))[0, -1]
+            assert float(mx.max(logits) - logits[chosen]) < 1e-4
+            tokens.append(chosen)
+    sampled = sample(model, prompts, rows, [0, 1, 2, 3], frozenset(), temperature=0.7)
+    for row, completion in zip(rows, sampled, strict=True):
+        batch, mask = pad_sequences([prompts[row]], [completion.ids])
+        logp = np.array(token_logprobs(model, batch, mask, 0.7))[0][np.array(mask)[0]]
+        np.testing.assert_allclose(logp, completion.logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_head_at_sampled_positions_is_the_head_everywhere(name: str) -> None:
+    """With or without a visible trunk, logprobs are those of the model's own logits."""
+    model = tiny(OTHERS[name])
+    assert (find_trunk(model) is not None) == (name != "mamba2")
+    tokens, mask = pad_sequences([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
+    logits = np.array(model(tokens[:, :-1])).astype(np.float64) / 0.7
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.take_along_axis(logp, np.array(tokens)[:, 1:, None], -1)[..., 0]
+    ours = np.array(token_logprobs(model, tokens, mask, 0.7))
+    np.testing.assert_allclose(ours, np.where(np.array(mask), expected, 0), atol=1e-5)
