@@ -72,7 +72,10 @@ def _resume_adapter(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
         model.unfreeze()
     else:
         for _, module in adapter_layers(model):
-            module.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False, strict=False)
+            names = [name for name in ("lora_a", "lora_b", "m") if name in module]
+            module.unfreeze(keys=names, recurse=False)
+            # Like fresh adapters: a file in 16 bits would make them train, and stand still, in 16 bits.
+            module.update({name: module[name].astype(mx.float32) for name in names})
     return description
 
 
@@ -147,7 +150,7 @@ def load_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:
     description = read_description(folder)
     try:
         load_adapters(model, str(folder))
-    except (ValueError, RuntimeError, KeyError, OSError, AttributeError) as error:
+    except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError) as error:
         raise _misfit(folder, str(error)) from error
     mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
     return description

@@ -54,6 +54,13 @@ def end_token_ids(tokenizer: TokenizerWrapper) -> frozenset[int]:
     return ids
 
 
+def answer_end_id(tokenizer: TokenizerWrapper) -> int:
+    """The token that closes an answer we write: the tokenizer's own, where several can end one."""
+    ids = end_token_ids(tokenizer)
+    own = tokenizer.eos_token_id
+    return own if own in ids else min(ids)
+
+
 def check_vocabulary(tokenizer: TokenizerWrapper, rows: int, name: str) -> None:
     """Refuse a tokenizer with more ids than the model has embeddings: MLX reads past the end without a word."""
     if len(tokenizer) > rows:
@@ -80,7 +87,14 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | Sequence[Mapping[st
             "a prompt is a list of chat messages but the tokenizer has no chat template; "
             "pass the prompt as one string"
         )
-    ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True)
+    try:
+        # As in encode(): control tokens that a message spells out stay text, only the template writes real ones.
+        ids = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, tokenize=True, sanitize_control_tokens=True
+        )
+    except Exception as error:  # a template is a program of its own and raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataLoadError(f"the chat template does not take these messages ({reason})") from error
     return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
 
 
@@ -132,7 +146,12 @@ def _prepare(tokenizer: TokenizerWrapper, index: int, row: Any, limit: int) -> P
         raise DataLoadError(f"prompts[{index}]: the prompt is empty")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DataLoadError(f"prompts[{index}]: the text has half a character (a lone surrogate); repair it")
-    ids = encode_prompt(tokenizer, row)
+    try:
+        ids = encode_prompt(tokenizer, row)
+    except DataLoadError as error:
+        raise DataLoadError(f"prompts[{index}]: {error}") from error
+    if not ids:
+        raise DataLoadError(f"prompts[{index}]: the tokenizer makes nothing of the text {text!r:.40}")
     if len(ids) > limit:
         raise DataLoadError(
             f"prompts[{index}]: {len(ids)} tokens, but max_prompt_length is {limit}; "

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from models.prefix_cache import GroupCache, RepeatedCache, shares_ragged_prompts
+from models.prefix_cache import GroupCache, RepeatedCache, has_plain_caches, shares_ragged_prompts
 from token_attribution.trunk import Trunk, find_trunk
 
 _COMPACT_SHARE = 1 / 8  # rows are dropped when this share of the batch is done: copying the cache costs too
@@ -110,6 +110,7 @@ def complete(
     Returns:
         One :class:`Completion` per row, in the order of ``rows``.
     """
+    _check(sampling, uniforms, len(rows), max_new_tokens)
     trunk = trunk or find_trunk(model)
     done: dict[int, Completion] = {}
     for batch in _batches(model, prompts, rows):
@@ -117,9 +118,23 @@ def complete(
     return [done[row] for row in range(len(rows))]
 
 
+def _check(sampling: Sampling, uniforms: np.ndarray, rows: int, max_new_tokens: int) -> None:
+    """Refuse what would be sampled from wrongly without a word: MLX reads past the end of an array."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, but it is {max_new_tokens}")
+    if uniforms.shape[0] != rows or uniforms.shape[1] < max_new_tokens:
+        raise ValueError(f"uniforms {uniforms.shape} must be ({rows}, {max_new_tokens}): one per row and token")
+    if not sampling.temperature >= 0:
+        raise ValueError(f"temperature must not be negative, but it is {sampling.temperature}")
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:
+        raise ValueError(
+            f"top_k must be 0 (all tokens) or more, top_p in (0, 1] and min_p in [0, 1], found {sampling}"
+        )
+
+
 def _batches(model: nn.Module, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[int]]:
     """Row numbers that can be decoded together."""
-    if shares_ragged_prompts(model):
+    if len({len(prompts[prompt]) for prompt in rows}) == 1 or shares_ragged_prompts(model):
         return [list(range(len(rows)))]
     by_length: dict[int, list[int]] = {}
     for row, prompt in enumerate(rows):
@@ -144,7 +159,7 @@ def _prefill(
     else:
         logits = mx.take_along_axis(model(tokens, cache=caches), last, axis=1)[:, 0]
     first = logits[mx.array(rows)]
-    if shares_ragged_prompts(model):
+    if has_plain_caches(caches):
         return [GroupCache(c, lengths, rows) for c in caches], first
     return [RepeatedCache(c, rows) for c in caches], first
 

@@ -148,6 +148,7 @@ class PolicyModel:
         if not with_adapter:
             strip_adapters(copy)
         copy.freeze()
+        copy.eval()
         return FrozenPolicy(copy)
 
     @property

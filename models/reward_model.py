@@ -10,8 +10,8 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from base_setup.lora_setup import prepare_trainable, restore_adapter, save_adapter
-from base_setup.tokenizer_setup import encode, end_token_ids
+from base_setup.lora_setup import prepare_trainable, save_adapter
+from base_setup.tokenizer_setup import answer_end_id, encode
 from config.errors import CheckpointError
 from config.training_config import TrainingConfig
 from models.policy_model import right_padded_lengths
@@ -41,6 +41,7 @@ class RewardModel:
         self.config = config
         model = share_weights(base.model)
         self.description = prepare_trainable(model, config)
+        model.eval()  # before anything is computed: dropout would tell the trunk's two halves from the whole
         self.trunk = require_trunk(model, "a reward model")
         width = trunk_width(self.trunk)
         self.module = ScalarHead(model, width, (width + 1) ** -0.5, mx.random.key(config.seed))
@@ -86,7 +87,7 @@ class RewardModel:
 
     def score_texts(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """Score texts, each answer closed by the tokenizer's end token."""
-        end = min(end_token_ids(self.tokenizer))
+        end = answer_end_id(self.tokenizer)
         return self.score_ids(
             [
                 [*encode(self.tokenizer, p, special=True), *encode(self.tokenizer, c), end]
@@ -130,10 +131,11 @@ class RewardModel:
                 **{k: v for k, v in settings["config"].items() if k in TrainingConfig.__dataclass_fields__}
             )
             gain, bias = float(settings["gain"]), float(settings["bias"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model ({error})") from error
-        model = cls(base or load_language_model(config), config.replace(adapter_path=None))
-        restore_adapter(model.module.model, model.description, folder)
+        # The folder's own adapter, whose rank and scale need not be the config's: it may have begun elsewhere.
+        model = cls(base or load_language_model(config), config.replace(adapter_path=str(folder)))
+        model.config = config
         load_head(model.module.head, folder / HEAD)
         model.gain, model.bias = gain, bias
         return model

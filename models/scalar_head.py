@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from base_setup.parameters import named_arrays
 from config.errors import CheckpointError, ModelLoadError
 from token_attribution.trunk import Trunk, find_trunk
 
@@ -52,9 +53,13 @@ def load_head(head: nn.Linear, path: Path) -> None:
     """Read what :func:`save_head` wrote into ``head``."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file, so the scalar head cannot be restored")
-    weights = mx.load(str(path))
-    expected, found = head.weight.shape, getattr(weights.get("weight"), "shape", None)  # type: ignore[union-attr]
+    try:
+        weights = named_arrays(mx.load(str(path)))
+        mx.eval(weights)  # loading is lazy, and the file may be overwritten later
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the head could not be read ({error})") from error
+    expected = {name: x.shape for name, x in named_arrays(head.parameters()).items()}
+    found = {name: x.shape for name, x in weights.items()}
     if found != expected:
-        raise CheckpointError(f"{path}: a head of shape {expected} is expected, found {found}")
-    head.update(weights)  # type: ignore[arg-type]
-    mx.eval(head.parameters())  # loading is lazy, and the file may be overwritten later
+        raise CheckpointError(f"{path}: a head with the shapes {expected} is expected, found {found}")
+    head.update(weights)

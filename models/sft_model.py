@@ -63,12 +63,16 @@ def load_language_model(config: TrainingConfig) -> LanguageModel:
 
 def _existing(name: str) -> str:
     """Settle folder or hub name ourselves: mlx-lm looks a mistyped folder up on the hub."""
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError):  # longer than a path can be; ~ of somebody who is not there
+        is_folder = is_file = False
+    if is_folder:
         if not (path / "config.json").is_file():
             raise ModelLoadError(f'model_name: the folder "{name}" has no config.json, so it holds no model')
         return str(path)
-    if path.is_file():
+    if is_file:
         raise ModelLoadError(f'model_name: "{name}" is a file; give the folder that contains it')
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise ModelLoadError(

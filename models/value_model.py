@@ -31,6 +31,7 @@ class ValueModel:
         """A separate value network over ``base``, which stays as it is."""
         model = share_weights(base.model)
         self.description = prepare_trainable(model, config.replace(adapter_path=None))
+        model.eval()  # before anything is computed: dropout would tell the trunk's two halves from the whole
         self._attach(model, shared=False)
 
     @classmethod

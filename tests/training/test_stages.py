@@ -99,7 +99,9 @@ def test_numbers_that_are_not_finite_change_nothing_and_end_the_run_after_a_whil
     assert all(np.array_equal(before[k], np.array(after[k])) for k in before)
     assert not steps.step(lambda g: along(line, g), [mx.ones(3)]).skipped  # the count starts again
     steps.step(lambda g: along(line, g), [bad])
-    with pytest.raises(TrainingRuntimeError, match=r"2 updates in a row .* were skipped; lower learning_rate"):
+    with pytest.raises(
+        TrainingRuntimeError, match=r"2 updates in a row .* were skipped; lower learning_rate"
+    ):
         steps.step(lambda g: along(line, g), [bad])
 
 
