@@ -61,7 +61,7 @@ class Scale:
 
 
 FULL = Scale(sft_steps=400, reward_steps=600, ppo_epochs=6, grpo_epochs=6)
-FAST = Scale(sft_steps=120, reward_steps=60, ppo_epochs=1, grpo_epochs=1)
+FAST = Scale(sft_steps=100, reward_steps=40, ppo_epochs=1, grpo_epochs=1)
 
 
 def sft_config(scale: Scale, seed: int) -> SFTConfig:

@@ -70,7 +70,15 @@ def _existing(name: str) -> str:
         is_folder = is_file = False
     if is_folder:
         if not (path / "config.json").is_file():
-            raise ModelLoadError(f'model_name: the folder "{name}" has no config.json, so it holds no model')
+            raise ModelLoadError(
+                f'model_name: the folder "{name}" has no config.json, so it holds no model; give one that does'
+            )
+        if not any(path.glob("tokenizer*")) and not any(path.glob("*.tiktoken")):
+            # transformers would make one up from the model's type, with other ids than the model learned
+            raise ModelLoadError(
+                f'model_name: the folder "{name}" has no tokenizer; give it the tokenizer.json and '
+                "tokenizer_config.json that belong to the model"
+            )
         return str(path)
     if is_file:
         raise ModelLoadError(f'model_name: "{name}" is a file; give the folder that contains it')
