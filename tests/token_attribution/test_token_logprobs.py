@@ -136,7 +136,9 @@ def test_a_row_without_a_sampled_token_gives_zeros_and_no_gradient(tiny: Languag
     some, mask = mx.array([[1, 2, 3], [4, 5, 6]]), mx.array([[False, False], [True, True]])
     ours = np.array(token_logprobs(tiny.model, some, mask))
     assert not ours[0].any()
-    np.testing.assert_allclose(ours[1], np.array(token_logprobs(tiny.model, some[1:], mask[1:]))[0], atol=1e-5)
+    np.testing.assert_allclose(
+        ours[1], np.array(token_logprobs(tiny.model, some[1:], mask[1:]))[0], atol=1e-5
+    )
 
 
 def test_adapters_that_come_after_the_trunk_was_found_are_seen(
