@@ -123,7 +123,9 @@ def _check(sampling: Sampling, uniforms: np.ndarray, rows: int, max_new_tokens: 
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, but it is {max_new_tokens}")
     if uniforms.shape[0] != rows or uniforms.shape[1] < max_new_tokens:
-        raise ValueError(f"uniforms {uniforms.shape} must be ({rows}, {max_new_tokens}): one per row and token")
+        raise ValueError(
+            f"uniforms {uniforms.shape} must be ({rows}, {max_new_tokens}): one per row and token"
+        )
     if not sampling.temperature >= 0:
         raise ValueError(f"temperature must not be negative, but it is {sampling.temperature}")
     if sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:

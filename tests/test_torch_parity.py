@@ -14,6 +14,7 @@ from config.training_config import TrainingConfig
 from models.policy_model import PolicyModel
 from models.sft_model import load_language_model
 from token_attribution.extractor import pad_sequences
+from token_attribution.logprob_computer import token_logprobs
 
 pytestmark = pytest.mark.torch
 
@@ -63,3 +64,13 @@ def test_logprobs_of_a_saved_qwen3_agree_with_torch(saved: tuple[Any, Path], tem
         assert np.std(logp.numpy()) > 0.5
         np.testing.assert_allclose(ours[row][np.array(mask)[row]], theirs, atol=1e-4)
     assert float(mx.max(mx.abs(mx.array(ours) * ~mask))) == 0.0
+
+
+def test_a_fresh_adapter_on_a_saved_qwen3_changes_no_bit(saved: tuple[Any, Path]) -> None:
+    base = load_language_model(TrainingConfig(model_name=str(saved[1])))
+    policy = PolicyModel(base, TrainingConfig(lora_r=4))
+    assert policy.has_adapter
+    tokens, mask = pad_sequences(PROMPTS, COMPLETIONS)
+    for temperature in (1.0, 0.7):
+        ours = np.array(policy.logprobs(tokens, mask, temperature))
+        assert np.array_equal(ours, np.array(token_logprobs(base.model, tokens, mask, temperature)))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from base_setup.tokenizer_setup import encode, end_token_ids
+from base_setup.tokenizer_setup import answer_end_id, encode
 from config.errors import DataLoadError
 from config.supervised_config import RewardModelConfig
 from models.reward_model import RewardModel
@@ -61,7 +61,7 @@ class RewardTrainer:
     def __init__(self, base: LanguageModel, config: RewardModelConfig) -> None:
         self.config = config
         self.reward_model = RewardModel(base, config)
-        self.end = min(end_token_ids(base.tokenizer))
+        self.end = answer_end_id(base.tokenizer)
 
     # -- Rows -----------------------------------------------------------------------------------------
 
@@ -75,9 +75,14 @@ class RewardTrainer:
             raise DataLoadError("preference rows: the list is empty; at least one is needed")
         if "chosen" in rows[0]:
             return [self._pair(i, row) for i, row in enumerate(rows)]
+        if self.config.batch_size < 2:
+            raise DataLoadError(
+                f"preference rows: scored answers are compared within a batch, and batch_size is "
+                f"{self.config.batch_size}; at least 2 is needed"
+            )
         answers = [self._scored(i, row) for i, row in enumerate(rows)]
         rankings = [Ranking(list(part)) for part in split(answers, self.config.list_size)]
-        if not any(ranking.comparisons(0) for ranking in rankings):
+        if len({answer.reward for answer in answers}) < 2:
             raise DataLoadError("preference rows: all rewards are equal, so there is nothing to compare")
         return rankings
 
@@ -119,6 +124,7 @@ class RewardTrainer:
         trainer = ModelTrainer(self.reward_model.module, config, total_steps=config.num_steps)
         metrics: dict[str, float] = {}
         self.reward_model.module.train()  # adapter dropout is for this stage
+        mx.random.seed(config.seed)  # … and draws from MLX's global state
         for number, batch in enumerate(self._batches(rankings), start=1):
             metrics = self._step(trainer, batch)
             if on_step is not None:
@@ -171,6 +177,8 @@ class RewardTrainer:
             better, worse = self._compare(part)
             points += float(preference_accuracy(better, worse, denominator=1.0))
             count += better.size
+        if count == 0:
+            raise DataLoadError("preference rows: no list holds two different rewards; enlarge list_size")
         return points / count
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from base_setup.lora_setup import fuse_adapters
-from base_setup.tokenizer_setup import encode, end_token_ids
+from base_setup.tokenizer_setup import answer_end_id, encode
 from config.errors import DataLoadError
 from config.supervised_config import SFTConfig
 from models.policy_model import PolicyModel
@@ -35,7 +35,7 @@ class SFTTrainer:
     def __init__(self, base: LanguageModel, config: SFTConfig) -> None:
         self.config = config
         self.policy = PolicyModel(base, config)
-        self.end = min(end_token_ids(base.tokenizer))
+        self.end = answer_end_id(base.tokenizer)
 
     def encode(self, rows: Sequence[Mapping[str, str]]) -> list[Example]:
         """Rows with ``prompt`` and ``completion`` as tokens.
@@ -71,6 +71,7 @@ class SFTTrainer:
         metrics: dict[str, float] = {}
         batches = shuffled_batches(examples, config.batch_size, config.num_steps, config.seed)
         self.policy.model.train()  # adapter dropout is for this stage
+        mx.random.seed(config.seed)  # … and draws from MLX's global state
         for number, batch in enumerate(batches, start=1):
             metrics = step_metrics(self._step(trainer, batch))
             if on_step is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 from mlx_lm.utils import _get_classes
 
 from config.model_config import ModelConfig
+from models import prefix_cache
 from models.decoding import Completion, Sampling, complete, draw, sampling_weights, uniforms_for
 from models.sft_model import build_embedded
 from token_attribution.extractor import pad_sequences
@@ -200,3 +202,141 @@ def test_the_head_at_sampled_positions_is_the_head_everywhere(name: str) -> None
     expected = np.take_along_axis(logp, np.array(tokens)[:, 1:, None], -1)[..., 0]
     ours = np.array(token_logprobs(model, tokens, mask, 0.7))
     np.testing.assert_allclose(ours, np.where(np.array(mask), expected, 0), atol=1e-5)
+
+
+# What a cache may share ----------------------------------------------------------------------------------
+
+
+def step_by_step(model: nn.Module, prompt: list[int], uniforms: np.ndarray, sampling: Sampling) -> Completion:
+    """The same completion from a full forward pass per token, no cache at all."""
+    ids: list[int] = []
+    logprobs: list[float] = []
+    for column in range(10):
+        logits = model(mx.array([[*prompt, *ids]]))[:, -1]
+        if sampling.temperature == 0:
+            token, logprob = mx.argmax(logits, axis=-1), mx.zeros((1,))
+        else:
+            token, logprob = draw(sampling_weights(logits, sampling), mx.array(uniforms[column : column + 1]))
+        ids.append(int(token[0]))
+        logprobs.append(float(logprob[0]))
+    return Completion(ids, logprobs, False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "gemma3_text", "mamba2", "lfm2"])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.7}, {"top_p": 0.8, "top_k": 9}])
+def test_a_batch_of_ragged_prompts_is_each_of_them_without_a_cache(
+    architecture: Callable[[str], nn.Module], name: str, options: dict[str, Any]
+) -> None:
+    """Prompts of 1 to 7 tokens, longer than the window of 4 of gemma3_text; two groups of two."""
+    model, sampling = architecture(name), Sampling(**options)
+    prompts, rows = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [9, 8, 7]], [2, 0, 0, 1, 3, 1]
+    together = sample(model, prompts, rows, list(range(6)), frozenset(), **options)
+    for row, completion in enumerate(together):
+        expected = step_by_step(model, prompts[rows[row]], uniforms_for(0, 0, row, 0, 10), sampling)
+        assert completion.ids == expected.ids
+        np.testing.assert_allclose(completion.logprobs, expected.logprobs, atol=1e-4)
+        assert not completion.terminated
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"), [("llama", True), ("gpt2", True), ("gemma2", False), ("mamba2", False)]
+)
+def test_ragged_prompts_are_shared_only_where_attention_heeds_a_mask_per_row(
+    architecture: Callable[[str], nn.Module],
+    name: str,
+    shared: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = architecture(name)
+    assert prefix_cache.shares_ragged_prompts(model) == shared
+    monkeypatch.setattr(prefix_cache.GroupCache, "make_mask", lambda *args, **kwargs: None)
+    assert not prefix_cache.shares_ragged_prompts(model)
+
+
+def test_each_prompt_of_a_group_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts, nine completions: the only forward longer than one token has two rows."""
+    model = build_embedded(SMALL, seed=1).model
+    shapes: list[tuple[int, ...]] = []
+    inner = type(model.model)
+    forward = inner.__call__
+
+    def spied(self: nn.Module, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        shapes.append(inputs.shape)
+        return forward(self, inputs, *args, **kwargs)
+
+    trunk = find_trunk(model)
+    monkeypatch.setattr(inner, "__call__", spied)
+    uniforms = np.stack([uniforms_for(0, 0, name, 0, 4) for name in range(9)])
+    prompts = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    complete(
+        model,
+        prompts,
+        [0] * 5 + [1] * 4,
+        uniforms,
+        end_ids=frozenset(),
+        max_new_tokens=4,
+        sampling=Sampling(),
+        trunk=trunk,
+    )
+    assert shapes == [(2, 5), (9, 1), (9, 1), (9, 1)]
+
+
+def test_logprobs_are_those_of_the_distribution_after_the_cuts() -> None:
+    """0.4 and 0.3 are kept by top_k = 2: 4/7 and 3/7."""
+    weights = sampling_weights(mx.log(mx.array([PROBABILITIES] * 2)), Sampling(top_k=2))
+    tokens, logprobs = draw(weights, mx.array([0.57, 0.58]))  # 4/7 = 0.571…
+    assert tokens.tolist() == [0, 1]
+    np.testing.assert_allclose(np.array(logprobs), np.log([4 / 7, 3 / 7]), atol=1e-6)
+
+
+def test_no_token_of_weight_zero_is_ever_drawn_at_the_edges() -> None:
+    """Random weights, a third of them 0, the first and the last among those; u at both of its ends."""
+    generator = np.random.default_rng(0)
+    weights = generator.exponential(size=(500, 40)) * (generator.random((500, 40)) > 0.33)
+    weights[:, [0, -1]] = 0
+    for u in (0.0, 2.0**-23, 1 - 2.0**-23):
+        tokens, logprobs = draw(mx.array(weights.astype(np.float32)), mx.full((500,), u))
+        assert (weights[np.arange(500), np.array(tokens)] > 0).all()
+        assert np.isfinite(np.array(logprobs)).all()
+
+
+def test_ties_at_a_threshold_are_all_kept_and_the_likeliest_always_is() -> None:
+    logits = mx.log(mx.array([[0.4, 0.2, 0.2, 0.2]]))
+    assert (np.array(sampling_weights(logits, Sampling(top_k=2))) > 0).tolist() == [[True] * 4]
+    for options in ({"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 1}, {"temperature": 1e-3}):
+        kept = np.array(sampling_weights(logits, Sampling(**options)))
+        assert (kept > 0).tolist() == [[True, False, False, False]]
+    # Far behind the likeliest, weights underflow to exactly 0, and nothing overflows.
+    far = mx.array([[0.0, -500.0, 1000.0]])
+    assert sampling_weights(far, Sampling()).tolist() == [[0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"temperature": -1.0}, "temperature must not be negative, but it is -1.0"),
+        ({"temperature": float("nan")}, "temperature must not be negative, but it is nan"),
+        ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
+        ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or more"),
+        ({"min_p": 1.5}, r"min_p in \[0, 1\]"),
+    ],
+)
+def test_a_distribution_that_does_not_exist_is_refused(options: dict[str, Any], sentence: str) -> None:
+    model = build_embedded(SMALL, seed=1).model
+    with pytest.raises(ValueError, match=sentence):
+        sample(model, [[1, 2]], [0], [0], frozenset(), **options)
+
+
+def test_random_numbers_too_few_are_refused() -> None:
+    model = build_embedded(SMALL, seed=1).model
+
+    def run(shape: tuple[int, int], max_new_tokens: int) -> None:
+        options: dict[str, Any] = {"end_ids": frozenset(), "sampling": Sampling()}
+        complete(model, [[1]], [0], np.zeros(shape), max_new_tokens=max_new_tokens, **options)
+
+    with pytest.raises(ValueError, match=r"uniforms \(1, 3\) must be \(1, 4\)"):
+        run((1, 3), 4)
+    with pytest.raises(ValueError, match=r"uniforms \(2, 4\) must be \(1, 4\)"):
+        run((2, 4), 4)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, but it is 0"):
+        run((1, 4), 0)

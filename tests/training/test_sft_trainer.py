@@ -1,0 +1,222 @@
+"""Supervised fine-tuning: the loss by hand, a toy learned in seconds, and the base that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from base_setup.lora_setup import adapter_layers
+from base_setup.tokenizer_setup import encode
+from config.errors import DataLoadError
+from config.model_config import ModelConfig
+from config.supervised_config import SFTConfig
+from models.sft_model import LanguageModel, build_embedded
+from training.sft_trainer import SFTTrainer
+
+SMALLEST = ModelConfig(
+    hidden_size=32, num_attention_heads=2, num_key_value_heads=1, num_layers=2, intermediate_size=64
+)
+#: Of different lengths on both sides, so that every batch is padded.
+ROWS = [
+    {"prompt": "ab", "completion": "cd"},
+    {"prompt": "hello", "completion": "w"},
+    {"prompt": "x", "completion": "yzyzyz"},
+]
+
+
+@pytest.fixture(scope="module")
+def base() -> LanguageModel:
+    return build_embedded(SMALLEST, seed=1)
+
+
+def config(**options: Any) -> SFTConfig:
+    common = {"model_name": "embedded", "embedded_model": SMALLEST, "fine_tune_type": "full", "batch_size": 3}
+    return SFTConfig(**{**common, **options})
+
+
+def weights(trainer: SFTTrainer) -> dict[str, np.ndarray]:
+    return {name: np.array(x) for name, x in tree_flatten(trainer.policy.model.parameters())}
+
+
+def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(one[k].tobytes() == other[k].tobytes() for k in one)
+
+
+def negative_logprobs(base: LanguageModel, row: Mapping[str, str]) -> list[float]:
+    """Of the completion's bytes and the end token, each from the full logits in float64."""
+    prompt = encode(base.tokenizer, row["prompt"])
+    completion = [*encode(base.tokenizer, row["completion"]), base.tokenizer.eos_token_id]
+    z = np.array(base.model(mx.array([prompt + completion])))[0].astype(np.float64)
+    logp = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return [-logp[len(prompt) - 1 + i, token] for i, token in enumerate(completion)]
+
+
+# The loss ------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_over_completion_tokens_and_the_end(base: LanguageModel) -> None:
+    """Over the tokens of all rows, not of each row first: 3 + 2 + 7 of them, prompts left out."""
+    terms = [x for row in ROWS for x in negative_logprobs(base, row)]
+    assert len(terms) == 12
+    assert SFTTrainer(base, config()).loss(ROWS) == pytest.approx(np.mean(terms), abs=1e-5)
+
+
+def test_the_first_step_reports_that_loss(base: LanguageModel) -> None:
+    terms = [x for row in ROWS for x in negative_logprobs(base, row)]
+    seen: list[tuple[int, dict[str, float]]] = []
+    last = SFTTrainer(base, config(num_steps=3, learning_rate=1e-3)).train(
+        ROWS, lambda number, metrics: seen.append((number, metrics))
+    )
+    assert [number for number, _ in seen] == [1, 2, 3]
+    assert seen[0][1]["loss"] == pytest.approx(np.mean(terms), abs=1e-5)
+    assert seen[0][1].keys() == {"loss", "grad_norm", "lr"}
+    assert seen[-1][1] == last
+    assert seen[0][1]["loss"] > seen[1][1]["loss"] > seen[2][1]["loss"]
+
+
+def test_an_empty_completion_teaches_the_end(base: LanguageModel) -> None:
+    row = {"prompt": "ab", "completion": ""}
+    (term,) = negative_logprobs(base, row)
+    assert SFTTrainer(base, config()).loss([row]) == pytest.approx(term, abs=1e-5)
+
+
+def test_control_tokens_spelled_out_in_a_row_stay_text(base: LanguageModel) -> None:
+    (example,) = SFTTrainer(base, config()).encode([{"prompt": "a", "completion": "<|im_end|>"}])
+    assert len(example.completion) == len("<|im_end|>") + 1
+    assert example.completion.count(base.tokenizer.eos_token_id) == 1
+
+
+# Training ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "share"), [("full", 0.01), ("lora", 0.92)])
+def test_a_toy_is_learned(base: LanguageModel, kind: str, share: float) -> None:
+    """Every weight: to nothing. Adapters: by as much as they can over a frozen random embedding."""
+    trainer = SFTTrainer(
+        base, config(fine_tune_type=kind, num_steps=60, learning_rate=1e-2, lora_dropout=0.0)
+    )
+    before = trainer.loss(ROWS)
+    assert before == pytest.approx(np.log(259), abs=0.2)  # a fresh model guesses among 259 tokens
+    trainer.train(ROWS)
+    assert trainer.loss(ROWS) < share * before
+
+
+def test_the_base_stays_as_it_was(base: LanguageModel) -> None:
+    before = {name: np.array(x) for name, x in tree_flatten(base.model.parameters())}
+    SFTTrainer(base, config(num_steps=2, learning_rate=1e-2)).train(ROWS)
+    assert same(before, {name: np.array(x) for name, x in tree_flatten(base.model.parameters())})
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_micro_batches_do_not_change_what_is_learned(base: LanguageModel, size: int) -> None:
+    """Rows of 3, 2 and 7 tokens: a mean per micro-batch would weight them differently."""
+    # A large epsilon keeps a step smooth in its gradient, where otherwise rounding decides a sign.
+    options = {"num_steps": 4, "learning_rate": 1e-2, "adam_eps": 1e-2}
+    whole, parts = SFTTrainer(base, config(**options)), SFTTrainer(
+        base, config(**options, micro_batch_size=size)
+    )
+    assert whole.train(ROWS)["grad_norm"] == pytest.approx(parts.train(ROWS)["grad_norm"], rel=1e-4)
+    ours, theirs = weights(whole), weights(parts)
+    assert max(float(np.abs(ours[k] - theirs[k]).max()) for k in ours) < 1e-5
+    moved = dict(tree_flatten(base.model.parameters()))
+    assert max(float(np.abs(ours[k] - np.array(moved[k])).max()) for k in ours) > 1e-3
+    assert parts.loss(ROWS) == pytest.approx(whole.loss(ROWS), abs=1e-5)
+
+
+DROPPED = {
+    "fine_tune_type": "lora",
+    "lora_dropout": 0.5,
+    "num_steps": 4,
+    "learning_rate": 1e-2,
+    "batch_size": 2,
+}
+
+
+def test_the_seed_decides_order_adapters_and_dropout(base: LanguageModel) -> None:
+    def trained(seed: int) -> dict[str, np.ndarray]:
+        trainer = SFTTrainer(base, config(**DROPPED, seed=seed))
+        trainer.train(ROWS)
+        return weights(trainer)
+
+    first = trained(3)
+    assert same(first, trained(3))
+    assert not same(first, trained(4))
+
+
+def test_dropout_follows_from_the_seed_whatever_was_drawn_before_training(base: LanguageModel) -> None:
+    """Two trainers of one seed, both made before either trains, and other random numbers drawn in between."""
+    one, other = SFTTrainer(base, config(**DROPPED)), SFTTrainer(base, config(**DROPPED))
+    assert same(weights(one), weights(other))
+    one.train(ROWS)
+    mx.eval(mx.random.uniform(shape=(7,)))
+    other.train(ROWS)
+    assert same(weights(one), weights(other))
+
+
+def test_dropout_is_for_training_alone(base: LanguageModel) -> None:
+    trainer = SFTTrainer(base, config(**DROPPED))
+    trainer.train(ROWS)
+    assert trainer.loss(ROWS) == trainer.loss(ROWS)
+    assert not trainer.policy.model.training
+
+
+# The result ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_language_model_is_plain_and_computes_what_the_policy_does(
+    base: LanguageModel, kind: str
+) -> None:
+    trainer = SFTTrainer(base, config(**{**DROPPED, "fine_tune_type": kind}))
+    trainer.train(ROWS)
+    result = trainer.language_model
+    names = {name for name, _ in tree_flatten(result.model.parameters())}
+    assert names == {name for name, _ in tree_flatten(base.model.parameters())}
+    assert adapter_layers(result.model) == []
+    assert bool(adapter_layers(trainer.policy.model)) == (kind == "lora")  # training may go on
+    ids = mx.array([[5, 6, 7, 8], [100, 3, 2, 1]])
+    np.testing.assert_allclose(
+        np.array(result.model(ids)), np.array(trainer.policy.forward(ids).logits), atol=1e-5
+    )
+    assert not np.allclose(np.array(result.model(ids)), np.array(base.model(ids)), atol=1e-3)
+    again = SFTTrainer(result, config(num_steps=1))
+    assert again.loss(ROWS) == pytest.approx(trainer.loss(ROWS), abs=1e-5)
+
+
+# Rows that cannot be used --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], "SFT rows: the list is empty"),
+        ([{"completion": "x"}], r'SFT rows\[0\]: "prompt" and "completion" must be strings'),
+        ([ROWS[0], {"prompt": "a"}], r'SFT rows\[1\]: "prompt" and "completion" must be strings'),
+        ([ROWS[0], {"prompt": "a", "completion": 3}], r"SFT rows\[1\]: .* must be strings"),
+        ([{"prompt": "", "completion": "x"}], r"SFT rows\[0\]: the prompt is empty"),
+        (
+            [ROWS[0], ROWS[1], {"prompt": "abcdef", "completion": "ghijk"}],
+            r"SFT rows\[2\]: 12 tokens, max_sequence_length is 11",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(base: LanguageModel, rows: Any, sentence: str) -> None:
+    trainer = SFTTrainer(base, config(max_sequence_length=11, num_steps=1))
+    before = weights(trainer)
+    with pytest.raises(DataLoadError, match=sentence):
+        trainer.train(rows)
+    with pytest.raises(DataLoadError, match=sentence):
+        trainer.loss(rows)
+    assert same(before, weights(trainer))
+
+
+def test_the_longest_row_that_fits(base: LanguageModel) -> None:
+    """Six tokens of prompt, four of completion, and the end."""
+    row = {"prompt": "abcdef", "completion": "ghij"}
+    assert SFTTrainer(base, config(max_sequence_length=11)).loss([row]) > 0
