@@ -125,7 +125,7 @@ class RewardTrainer:
         metrics: dict[str, float] = {}
         self.reward_model.module.train()  # adapter dropout is for this stage
         mx.random.seed(config.seed)  # … and draws from MLX's global state
-        for number, batch in enumerate(self._batches(rankings), start=1):
+        for number, batch in enumerate(self._batches(rankings, "chosen" in rows[0]), start=1):
             metrics = self._step(trainer, batch)
             if on_step is not None:
                 on_step(number, metrics)
@@ -135,10 +135,10 @@ class RewardTrainer:
         )
         return metrics
 
-    def _batches(self, rankings: Sequence[Ranking]) -> Any:
+    def _batches(self, rankings: Sequence[Ranking], pairs: bool) -> Any:
         """Batches of rankings; scored answers meet others in every epoch, pairs stay together."""
         config = self.config
-        if all(len(ranking.answers) == 2 for ranking in rankings):
+        if pairs:
             return shuffled_batches(rankings, config.batch_size, config.num_steps, config.seed)
         answers = [answer for ranking in rankings for answer in ranking.answers]
         batches = shuffled_batches(answers, config.batch_size, config.num_steps, config.seed)
