@@ -79,6 +79,32 @@ def leave_one_out(scores: mx.array, group_ids: mx.array) -> mx.array:
     return groups.centred * groups.size / mx.maximum(groups.size - 1.0, 1.0)
 
 
+def length_weighted_advantages(scores: mx.array, lengths: mx.array, group_ids: mx.array) -> mx.array:
+    r"""Score minus the group's mean weighted by length: OPO's baseline.
+
+    .. math:: A_i = s_i - \frac{\sum_j n_j s_j}{\sum_j n_j}
+
+    over the scorable rows j of the group (https://arxiv.org/abs/2505.23585, eq. 7): the baseline of least
+    variance if the squared gradient of a completion grows with its length n. Equal lengths give the plain mean.
+
+    Args:
+        scores: (B,); NaN where a row could not be scored.
+        lengths: (B,) tokens of each completion.
+        group_ids: (B,) integers; equal where rows answer the same prompt.
+
+    Returns:
+        (B,) float32; 0 for unscorable rows, and exactly 0 in groups of equal scores.
+    """
+    check_same_shape(scores=scores, lengths=lengths)
+    groups = _compare(scores, group_ids)
+    scorable = ~mx.isnan(scores)
+    members = (group_ids[:, None] == group_ids[None, :]) & scorable[None, :]  # (B, B)
+    weights = mx.where(members, lengths.astype(mx.float32)[None, :], 0.0)  # (B, B)
+    # The weighted mean of the distances from the plain mean: exact zeros stay exact.
+    shift = mx.sum(weights * groups.centred[None, :], axis=1) / nonzero_denominator(mx.sum(weights, axis=1))
+    return zero_masked(groups.centred - shift, scorable)
+
+
 def group_statistics(scores: mx.array, group_ids: mx.array) -> GroupStatistics:
     """Mean, standard deviation and size of each row's group; the share of rows in groups without spread."""
     groups = _compare(scores, group_ids)

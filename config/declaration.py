@@ -84,6 +84,10 @@ class Declaration:
         """A copy with ``changes``, which count as set on purpose, like what was set so before."""
         return self._copy(changes, self._explicit | changes.keys())
 
+    def was_set(self, name: str) -> bool:
+        """Whether somebody set this field on purpose."""
+        return name in self._explicit
+
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """A copy in which the fields that nobody set on purpose take these values."""
         return self._copy({k: v for k, v in defaults.items() if k not in self._explicit}, self._explicit)

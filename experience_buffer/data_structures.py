@@ -55,8 +55,9 @@ class Experience(NamedTuple):
     """
 
     tokens: mx.array  # (B, T+1) int32
-    mask: mx.array  # (B, T) bool
+    mask: mx.array  # (B, T) bool, True where there is something to learn
     advantages: mx.array  # (B, T) Â
+    sampler_logprobs: mx.array  # (B, T) log μ, under the distribution sampled from
     old_logprobs: mx.array | None = None  # (B, T) log π_old, at the start of the update
     ref_logprobs: mx.array | None = None  # (B, T) log π_ref
     values: mx.array | None = None  # (B, T) V_old
@@ -80,6 +81,7 @@ class Experience(NamedTuple):
             tokens=self.tokens[pick, : width + 1],
             mask=mask[:, :width],
             advantages=self.advantages[pick, :width],
+            sampler_logprobs=self.sampler_logprobs[pick, :width],
             old_logprobs=cut(self.old_logprobs),
             ref_logprobs=cut(self.ref_logprobs),
             values=cut(self.values),

@@ -17,18 +17,10 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from models.prefix_cache import GroupCache, RepeatedCache, has_plain_caches, shares_ragged_prompts
+from models.sampling import LogitChanges, Sampling, check_sampling, draw, sampling_weights
 from token_attribution.trunk import Trunk, find_trunk
 
 _COMPACT_SHARE = 1 / 8  # rows are dropped when this share of the batch is done: copying the cache costs too
-
-
-class Sampling(NamedTuple):
-    """The distribution sampled from: softmax(logits / temperature), cut by top-k, top-p, min-p in that order."""
-
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
 
 
 class Completion(NamedTuple):
@@ -37,56 +29,6 @@ class Completion(NamedTuple):
     ids: list[int]  # the end token included
     logprobs: list[float]  # under the distribution sampled from
     terminated: bool
-
-
-def sampling_weights(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Unnormalised probabilities of the next token, zero for the tokens left out.
-
-    Args:
-        logits: ``(B, V)``, any dtype.
-    Returns:
-        ``(B, V)`` float32; the largest weight of each row is 1. Ties at a threshold are all kept.
-    """
-    z = logits.astype(mx.float32) * (1.0 / sampling.temperature)
-    weights = mx.exp(z - mx.max(z, axis=-1, keepdims=True))  # (B, V)
-    if 0 < sampling.top_k < weights.shape[-1]:
-        kth = mx.min(mx.topk(weights, sampling.top_k, axis=-1), axis=-1, keepdims=True)
-        weights = mx.where(weights < kth, 0.0, weights)
-    if sampling.top_p < 1:
-        ascending = mx.sort(weights, axis=-1)
-        mass_above = mx.cumsum(ascending, axis=-1, reverse=True, inclusive=False)
-        total = mass_above[..., :1] + ascending[..., :1]
-        dropped = mx.sum(mass_above >= sampling.top_p * total, axis=-1, keepdims=True)
-        smallest_kept = mx.take_along_axis(ascending, dropped, axis=-1)
-        weights = mx.where(weights < smallest_kept, 0.0, weights)
-    if sampling.min_p > 0:
-        weights = mx.where(weights < sampling.min_p, 0.0, weights)
-    return weights
-
-
-def draw(weights: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
-    """Inverse-transform sampling: the first token whose cumulative weight exceeds ``u`` times the total.
-
-    Args:
-        weights: ``(B, V)`` unnormalised probabilities; uniforms: ``(B,)`` in [0, 1 - 2⁻²³], so that the
-            product stays below the total in float32 and a token of weight 0 is never drawn.
-    Returns:
-        tokens ``(B,)`` int32 and their logprobs ``(B,)`` float32.
-    """
-    cumulative = mx.cumsum(weights, axis=-1)
-    total = cumulative[:, -1:]
-    tokens = mx.sum(cumulative <= uniforms[:, None] * total, axis=-1).astype(mx.int32)
-    chosen = mx.take_along_axis(weights, tokens[:, None], axis=-1)
-    return tokens, mx.log(chosen / total)[:, 0]
-
-
-def uniforms_for(seed: int, step: int, prompt: int, member: int, count: int) -> np.ndarray:
-    """The random numbers of one completion, ``(count,)`` float32 multiples of 2⁻²³ in [0, 1).
-
-    Made on the host, so that every backend samples with the same ones.
-    """
-    generator = np.random.default_rng([seed, step, prompt, member])
-    return (generator.integers(0, 1 << 23, size=count) / float(1 << 23)).astype(np.float32)
 
 
 def complete(
@@ -126,12 +68,7 @@ def _check(sampling: Sampling, uniforms: np.ndarray, rows: int, max_new_tokens: 
         raise ValueError(
             f"uniforms {uniforms.shape} must be ({rows}, {max_new_tokens}): one per row and token"
         )
-    if not sampling.temperature >= 0:
-        raise ValueError(f"temperature must not be negative, but it is {sampling.temperature}")
-    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:
-        raise ValueError(
-            f"top_k must be 0 (all tokens) or more, top_p in (0, 1] and min_p in [0, 1], found {sampling}"
-        )
+    check_sampling(sampling)
 
 
 def _batches(model: nn.Module, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[int]]:
@@ -189,13 +126,20 @@ def _decode(
     )
     layers = [c.cache if isinstance(c, RepeatedCache) else c for c in caches]
     noise = mx.array(uniforms[batch])  # (B, C)
+    changes: LogitChanges | None = None
+    if sampling.changes_logits:
+        changes = LogitChanges(sampling, [list(prompts[rows[row]]) for row in batch], logits.shape[-1])
 
     def step(logits: mx.array, column: int) -> tuple[mx.array, mx.array]:
+        if changes is not None:
+            logits = changes.apply(logits)
         if sampling.temperature == 0:
             tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
             logprobs = mx.zeros(tokens.shape)
         else:
             tokens, logprobs = draw(sampling_weights(logits, sampling), noise[:, column])
+        if changes is not None:
+            changes.append(tokens)
         # Asynchronous: the host reads this step's tokens while the next step runs.
         mx.async_eval(tokens, logprobs)
         return tokens, logprobs
@@ -223,6 +167,8 @@ def _decode(
             pick = mx.array(keep)
             for cache in caches:
                 cache.keep(pick)
+            if changes is not None:
+                changes.keep(pick)
             newest, noise = (newest[0][pick], newest[1][pick]), noise[pick]
             alive = [alive[i] for i in keep]
     return {row: Completion(ids[row], logprobs[row], row in ended) for row in batch}

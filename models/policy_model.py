@@ -10,6 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from base_setup.lora_setup import (
@@ -20,9 +21,11 @@ from base_setup.lora_setup import (
     save_adapter,
     strip_adapters,
 )
+from base_setup.parameters import named_arrays
 from base_setup.tokenizer_setup import end_token_ids
 from config.training_config import TrainingConfig
-from models.decoding import Sampling, complete, uniforms_for
+from models.decoding import complete
+from models.sampling import Sampling, uniforms_for
 from models.sft_model import LanguageModel, share_weights
 from token_attribution.extractor import pad_sequences
 from token_attribution.logprob_computer import TokenStatistics, token_logprobs, token_statistics
@@ -128,9 +131,13 @@ class PolicyModel:
         """Token logprobs ``(B, T)``, see ``token_attribution.token_logprobs``."""
         return token_logprobs(self.model, tokens, mask, temperature, trunk=self.trunk)
 
-    def statistics(self, tokens: mx.array, mask: mx.array, temperature: float = 1.0) -> TokenStatistics:
-        """Token logprobs and entropies, each ``(B, T)``."""
-        return token_statistics(self.model, tokens, mask, temperature, trunk=self.trunk)
+    def statistics(
+        self, tokens: mx.array, mask: mx.array, temperature: float = 1.0, *, entropy_gradient: bool = False
+    ) -> TokenStatistics:
+        """Token logprobs and entropies, each ``(B, T)``; entropies carry gradient only if asked to."""
+        return token_statistics(
+            self.model, tokens, mask, temperature, trunk=self.trunk, entropy_gradient=entropy_gradient
+        )
 
     @contextmanager
     def adapters_off(self) -> Iterator[nn.Module]:
@@ -138,7 +145,7 @@ class PolicyModel:
         with adapters_off(self.model) as model:
             yield model
 
-    def frozen_copy(self, *, with_adapter: bool = True) -> FrozenPolicy:
+    def frozen_copy(self, *, with_adapter: bool = True, origin: str = "the policy") -> FrozenPolicy:
         """The policy as it is now, for good, over the same arrays: the reference costs no second copy.
 
         ``with_adapter=False``: the base model, which is cheaper to run and the same as long as the adapter's
@@ -149,7 +156,7 @@ class PolicyModel:
             strip_adapters(copy)
         copy.freeze()
         copy.eval()
-        return FrozenPolicy(copy)
+        return FrozenPolicy(copy, origin)
 
     @property
     def has_adapter(self) -> bool:
@@ -166,12 +173,36 @@ class PolicyModel:
 
 
 class FrozenPolicy:
-    """A policy that is only read: the reference."""
+    """A policy that is only read: the reference.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        origin: where it comes from, in words, for the record of a run.
+    """
+
+    def __init__(self, model: nn.Module, origin: str = "given") -> None:
         self.model = model
         self.trunk = find_trunk(model)
+        self.origin = origin
 
     def logprobs(self, tokens: mx.array, mask: mx.array, temperature: float = 1.0) -> mx.array:
         """Token logprobs ``(B, T)``."""
         return token_logprobs(self.model, tokens, mask, temperature, trunk=self.trunk)
+
+    def follow(self, policy: PolicyModel, share: float) -> None:
+        r"""Move towards the policy: ``reference ← share · policy + (1 − share) · reference``.
+
+        ``share`` 1 makes it the policy as it is now; below 1, called every step, it is an exponential average
+        (TR-DPO, https://arxiv.org/abs/2404.09656). Mixed are the weights that train: with adapters their two
+        factors, each by itself, and not the product.
+        """
+        theirs = named_arrays(policy.model.trainable_parameters())
+        mine = named_arrays(self.model.parameters())
+        missing = sorted(theirs.keys() - mine.keys())
+        if missing:
+            raise ValueError(f"the reference has no {missing[0]}, so it cannot follow this policy")
+        mixed = {
+            name: array if share == 1 else share * array + (1 - share) * mine[name].astype(array.dtype)
+            for name, array in theirs.items()
+        }
+        self.model.update(tree_unflatten(list(mixed.items())))
+        mx.eval(self.model.parameters())  # or the graph of all earlier policies would be kept

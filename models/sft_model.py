@@ -45,7 +45,7 @@ def load_language_model(config: TrainingConfig) -> LanguageModel:
     """
     if config.model_name == EMBEDDED:
         return build_embedded(config.embedded_model, config.seed)
-    name = _existing(config.model_name)
+    name = existing_model(config.model_name)
     try:
         model, tokenizer, model_config = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
@@ -61,8 +61,11 @@ def load_language_model(config: TrainingConfig) -> LanguageModel:
     return loaded
 
 
-def _existing(name: str) -> str:
-    """Settle folder or hub name ourselves: mlx-lm looks a mistyped folder up on the hub."""
+def existing_model(name: str, field: str = "model_name") -> str:
+    """``name`` as a folder that holds a model or a well-formed Hugging Face name, or a refusal.
+
+    Settled here, because mlx-lm looks a mistyped folder up on the hub.
+    """
     try:
         path = Path(name).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -71,20 +74,20 @@ def _existing(name: str) -> str:
     if is_folder:
         if not (path / "config.json").is_file():
             raise ModelLoadError(
-                f'model_name: the folder "{name}" has no config.json, so it holds no model; give one that does'
+                f'{field}: the folder "{name}" has no config.json, so it holds no model; give one that does'
             )
         if not any(path.glob("tokenizer*")) and not any(path.glob("*.tiktoken")):
             # transformers would make one up from the model's type, with other ids than the model learned
             raise ModelLoadError(
-                f'model_name: the folder "{name}" has no tokenizer; give it the tokenizer.json and '
+                f'{field}: the folder "{name}" has no tokenizer; give it the tokenizer.json and '
                 "tokenizer_config.json that belong to the model"
             )
         return str(path)
     if is_file:
-        raise ModelLoadError(f'model_name: "{name}" is a file; give the folder that contains it')
+        raise ModelLoadError(f'{field}: "{name}" is a file; give the folder that contains it')
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise ModelLoadError(
-            f'model_name: there is no folder "{name}", and it is no Hugging Face name either (those look '
+            f'{field}: there is no folder "{name}", and it is no Hugging Face name either (those look '
             'like "Qwen/Qwen3-0.6B-Base"); give one of the two, or "embedded" for a small model made on the spot'
         )
     return name

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from advantage.group_relative import group_statistics
 from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Experience, Rollout, TokenBatch
 from models.policy_model import FrozenPolicy, PolicyModel
 from models.value_model import ValueModel
-from ppo_trainer.algorithms import Algorithm, Scored
+from ppo_trainer.algorithms import Algorithm
+from ppo_trainer.credit import Scored, assign_credit
 from ppo_trainer.evaluator import length_metrics, score_metrics
+from ppo_trainer.score_shaper import ScoreShaper
 from reward_kl.kl_divergence import FixedKLController, kl_per_token
-from reward_kl.reward_computer import apply_missing_end_penalty, token_rewards
+from reward_kl.reward_computer import token_rewards, whiten_rewards
 from rewards.composition import RewardSet, ScoredBatch
 from token_attribution.extractor import extract
+from token_attribution.full_kl import full_kl
+from token_attribution.logprob_computer import TokenStatistics
 from token_attribution.masking import masked_mean, masked_sum, masked_var
 from training.value_loss import explained_variance
+
+Part = TypeVar("Part", mx.array, TokenStatistics)
 
 
 class ExperienceMaker:
@@ -41,44 +49,79 @@ class ExperienceMaker:
         self.algorithm = algorithm
         self.kl_controller = kl_controller
         self.config = config
+        self.shaper = ScoreShaper(config)
 
     def make(
-        self, rollouts: Sequence[Rollout], scored: ScoredBatch, *, single_update: bool
+        self,
+        rollouts: Sequence[Rollout],
+        scored: ScoredBatch,
+        *,
+        single_update: bool,
+        greedy_scores: np.ndarray | None = None,
     ) -> tuple[Experience, dict[str, float]]:
         """Experience of one batch, and its metrics.
 
-        ``single_update``: one optimiser step follows, at which the policy is still the sampling policy, so
-        no pass for old logprobs is made unless the KL in the reward needs it.
+        ``single_update``: one optimiser step follows, at which the policy is still the one that the ratio is
+        measured from, so no pass for old logprobs is made unless something else needs it.
+        ``greedy_scores`` ``(B,)``: the score of the likeliest answer to each row's prompt.
         """
         batch = extract(rollouts)
         raw = mx.array(scored.total)  # (B,), NaN where no reward applies
         # A row without a score teaches nothing: it leaves every mask, and so every mean.
         batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])
-        terminated = mx.array([r.terminated for r in rollouts])
-        scores = apply_missing_end_penalty(raw, terminated, self.config.missing_end_penalty)
+        scores = self.shaper.shape(raw, rollouts)
 
-        in_reward = self.algorithm.kl_placement == "reward" and self.reference is not None
-        old = None if single_update and not in_reward else self._in_batches(self._old_logprobs, batch)
+        trainer = None if self._skips_old_pass(single_update) else self._in_batches(self._statistics, batch)
         ref = self._in_batches(self._ref_logprobs, batch) if self.reference is not None else None
         values = self._in_batches(self._values, batch) if self.value is not None else None
-        kl = kl_per_token(old, ref, "k1", batch.mask) if old is not None and ref is not None else None
-
+        kl = self._kl_penalty(batch, trainer, ref)
         rewards = token_rewards(
-            mx.where(mx.isnan(scores), 0.0, scores),
-            kl if in_reward else None,
-            batch.mask,
-            self.kl_controller.value,
+            mx.where(mx.isnan(scores), 0.0, scores), kl, batch.mask, self.kl_controller.value
         )
+        if self.config.whiten_rewards:
+            rewards = whiten_rewards(rewards, batch.mask)
+
         group_ids = mx.array([r.prompt.index for r in rollouts])
-        credit = self.algorithm.credit(Scored(scores, rewards, values, batch.mask, group_ids), self.config)
-        experience = Experience(batch.tokens, batch.mask, credit.advantages, old, ref, values, credit.returns)
+        components, weights = self._components(scored, scores)
+        greedy = mx.array(greedy_scores) if greedy_scores is not None else None
+        what_counts = Scored(scores, rewards, values, batch.mask, group_ids, components, weights, greedy)
+        advantages, returns = assign_credit(self.algorithm.credit, what_counts, self.config)
+        if trainer is not None and self.config.top_entropy_quantile < 1:
+            advantages = self._at_forks(advantages, trainer.entropy, batch.mask)
+        old = None if trainer is None or single_update else trainer.logprobs
+        if self.config.old_logprobs_from == "rollout":
+            old = batch.sampler_logprobs
+        experience = Experience(
+            tokens=batch.tokens,
+            mask=self._learned_from(batch, rollouts),
+            advantages=advantages,
+            sampler_logprobs=batch.sampler_logprobs,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            values=values,
+            returns=returns,
+        )
         # One evaluation: everything the update will read many times over.
         mx.eval(experience)
-        metrics = self._metrics(experience, batch, scores, rewards, kl, group_ids)
+        k1 = None
+        if trainer is not None and ref is not None:
+            k1 = kl_per_token(trainer.logprobs, ref, "k1", batch.mask)
+        metrics = self._metrics(experience, batch.mask, scores, rewards, k1, group_ids)
         return experience, {**score_metrics(self.rewards, scored), **length_metrics(rollouts), **metrics}
 
-    def _old_logprobs(self, tokens: mx.array, mask: mx.array) -> mx.array:
-        return self.policy.logprobs(tokens, mask, self.config.temperature)
+    # -- Passes over the models -----------------------------------------------------------------------
+
+    def _skips_old_pass(self, single_update: bool) -> bool:
+        config = self.config
+        ratio_needs_none = single_update or config.old_logprobs_from == "rollout"
+        in_reward = config.kl_placement == "reward" and self.reference is not None
+        return ratio_needs_none and not in_reward and config.top_entropy_quantile == 1
+
+    def _statistics(self, tokens: mx.array, mask: mx.array) -> TokenStatistics:
+        if self.config.top_entropy_quantile < 1:
+            return self.policy.statistics(tokens, mask, self.config.temperature)
+        logprobs = self.policy.logprobs(tokens, mask, self.config.temperature)
+        return TokenStatistics(logprobs, mx.zeros_like(logprobs))
 
     def _ref_logprobs(self, tokens: mx.array, mask: mx.array) -> mx.array:
         assert self.reference is not None
@@ -88,25 +131,79 @@ class ExperienceMaker:
         assert self.value is not None
         return mx.where(mask, self.value.values(tokens), 0.0)
 
-    def _in_batches(self, run: Callable[[mx.array, mx.array], mx.array], batch: TokenBatch) -> mx.array:
+    def _full_kl(self, tokens: mx.array, mask: mx.array) -> mx.array:
+        assert self.reference is not None
+        return full_kl(
+            self.policy.model,
+            self.reference.model,
+            tokens,
+            mask,
+            self.config.temperature,
+            trunk=self.policy.trunk,
+            ref_trunk=self.reference.trunk,
+        )
+
+    def _in_batches(self, run: Callable[[mx.array, mx.array], Part], batch: TokenBatch) -> Part:
         size = self.config.micro_batch_size or batch.tokens.shape[0]
         parts = []
         for start in range(0, batch.tokens.shape[0], size):
             part = run(batch.tokens[start : start + size], batch.mask[start : start + size])
             mx.eval(part)  # one micro-batch's activations at a time
             parts.append(part)
-        return mx.concatenate(parts) if len(parts) > 1 else parts[0]
+        if isinstance(parts[0], TokenStatistics):
+            return TokenStatistics(*(mx.concatenate(list(column)) for column in zip(*parts, strict=True)))
+        return mx.concatenate(parts)
+
+    # -- What is made of them -------------------------------------------------------------------------
+
+    def _kl_penalty(
+        self, batch: TokenBatch, trainer: TokenStatistics | None, ref: mx.array | None
+    ) -> mx.array | None:
+        """The KL (B, T) that is taken off the rewards, where the row has it there."""
+        if self.config.kl_placement != "reward" or ref is None:
+            return None
+        estimator = self.config.kl_estimator
+        if estimator == "full":
+            return self._in_batches(self._full_kl, batch)
+        assert trainer is not None
+        assert estimator is not None
+        assert estimator != "k3_plain"
+        return kl_per_token(trainer.logprobs, ref, estimator, batch.mask)
+
+    def _components(self, scored: ScoredBatch, scores: mx.array) -> tuple[mx.array, mx.array]:
+        """Each reward alone ``(B, K + 1)``, and last what shaping has changed about their sum; weights."""
+        columns = [mx.array(scored.components[name]) for name in self.rewards.names]
+        shaping = scores - mx.array(scored.total)
+        return mx.stack([*columns, shaping], axis=1), mx.array([*self.rewards.weights, 1.0])
+
+    def _at_forks(self, advantages: mx.array, entropy: mx.array, mask: mx.array) -> mx.array:
+        """Advantages at the tokens of highest entropy, 0 elsewhere: the forks of a chain of thought.
+
+        https://arxiv.org/abs/2506.01939 learns from the top fifth of the batch's tokens. The threshold is the
+        batch's, so it does not depend on how the batch is split.
+        """
+        measured = np.array(entropy)[np.array(mask)]
+        if measured.size == 0:
+            return advantages
+        threshold = float(np.quantile(measured, 1.0 - self.config.top_entropy_quantile))
+        return mx.where(entropy >= threshold, advantages, 0.0)
+
+    def _learned_from(self, batch: TokenBatch, rollouts: Sequence[Rollout]) -> mx.array:
+        """The mask, without cut-off completions if asked for: their scores have counted in their groups."""
+        if not self.config.mask_truncated_completions:
+            return batch.mask
+        return batch.mask & mx.array([r.terminated for r in rollouts])[:, None]
 
     def _metrics(
         self,
         experience: Experience,
-        batch: TokenBatch,
+        mask: mx.array,
         scores: mx.array,
         rewards: mx.array,
         kl: mx.array | None,
         group_ids: mx.array,
     ) -> dict[str, float]:
-        mask, scorable = experience.mask, ~mx.isnan(scores)
+        scorable = ~mx.isnan(scores)
         rows = mx.maximum(mx.sum(scorable), 1)
         mean_score = masked_mean(scores, scorable)
         values = {
@@ -116,15 +213,17 @@ class ExperienceMaker:
         }
         if kl is not None:
             values["objective/kl"] = masked_sum(kl, mask) / rows
+            values["objective/kl_per_token"] = masked_mean(kl, mask)
+        if kl is not None and self.config.kl_placement == "reward":
             values["objective/rlhf_reward"] = masked_sum(rewards, mask) / rows
             values["objective/non_score_reward"] = values["objective/rlhf_reward"] - mean_score
         if self.algorithm.needs_groups:
             values["frac_reward_zero_std"] = group_statistics(scores, group_ids).frac_zero_std
         if experience.values is not None and experience.returns is not None:
             values["explained_variance"] = explained_variance(experience.values, experience.returns, mask)
-        if experience.old_logprobs is not None:
-            difference = mx.where(mask, mx.abs(experience.old_logprobs - batch.sampler_logprobs), 0.0)
-            values["sampling/sampling_logp_difference/mean"] = masked_mean(difference, mask)
-            values["sampling/sampling_logp_difference/max"] = mx.max(difference)
         mx.eval(values)
-        return {name: float(value) for name, value in values.items()} | {"kl_coef": self.kl_controller.value}
+        metrics = {name: float(value) for name, value in values.items()}
+        if self.config.score_scaling != "none":
+            metrics["scores/running_mean"] = float(self.shaper.moments.mean)
+            metrics["scores/running_std"] = float(self.shaper.moments.std)
+        return metrics | {"kl_coef": self.kl_controller.value}

@@ -8,8 +8,10 @@ import numpy as np
 
 from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Prompt, Rollout
-from models.decoding import Completion, Sampling, complete, uniforms_for
+from models.decoding import Completion, complete
 from models.policy_model import PolicyModel
+from models.rollout_policy import RolloutPolicy
+from models.sampling import Sampling, uniforms_for
 
 
 class Generator:
@@ -19,10 +21,22 @@ class Generator:
     nor in how many batches.
     """
 
-    def __init__(self, policy: PolicyModel, config: PPOConfig) -> None:
+    def __init__(
+        self, policy: PolicyModel, config: PPOConfig, rollout_policy: RolloutPolicy | None = None
+    ) -> None:
+        """``rollout_policy``: what samples in place of the policy itself."""
         self.policy = policy
+        self.rollout_policy = rollout_policy or RolloutPolicy(policy)
         self.config = config
-        self.sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+        self.sampling = Sampling(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            logit_bias=tuple(sorted((config.logit_bias or {}).items())),
+            repetition_penalty=config.repetition_penalty,
+            repetition_context=config.repetition_context,
+        )
 
     def generate(
         self,
@@ -31,10 +45,12 @@ class Generator:
         *,
         group_size: int | None = None,
         temperature: float | None = None,
+        first_member: int = 0,
     ) -> list[Rollout]:
-        """Rollouts of each prompt's group, in the order of ``prompts``."""
+        """Rollouts of each prompt's group, in the order of ``prompts``, members counted from ``first_member``."""
         config = self.config
-        members = [(prompt, m) for prompt in prompts for m in range(group_size or config.group_size)]
+        count = group_size or config.group_size
+        members = [(prompt, m) for prompt in prompts for m in range(first_member, first_member + count)]
         sampling = self.sampling if temperature is None else self.sampling._replace(temperature=temperature)
         rollouts: list[Rollout] = []
         for start in range(0, len(members), config.rollout_batch_size):
@@ -43,11 +59,11 @@ class Generator:
         return rollouts
 
     def _sample(self, members: Sequence[tuple[Prompt, int]], step: int, sampling: Sampling) -> list[Rollout]:
-        config, policy = self.config, self.policy
+        config, policy, sampler = self.config, self.policy, self.rollout_policy
         distinct = {prompt.ids: None for prompt, _ in members}  # a dict keeps the order
         place = {ids: i for i, ids in enumerate(distinct)}
         completions = complete(
-            policy.model,
+            sampler.model,
             list(distinct),
             [place[prompt.ids] for prompt, _ in members],
             np.stack(
@@ -56,7 +72,7 @@ class Generator:
             end_ids=policy.end_ids,
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
-            trunk=policy.trunk,
+            trunk=sampler.trunk,
         )
         return [self._rollout(prompt, m, c) for (prompt, m), c in zip(members, completions, strict=True)]
 

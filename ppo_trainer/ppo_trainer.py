@@ -34,6 +34,7 @@ from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import FrozenPolicy, PolicyModel
 from models.reward_model import RewardModel
+from models.rollout_policy import RolloutPolicy
 from models.sft_model import (
     EMBEDDED,
     LanguageModel,
@@ -43,14 +44,17 @@ from models.sft_model import (
 )
 from models.value_model import ValueModel
 from monitoring.recorder import RunRecorder
-from ppo_trainer.algorithms import Algorithm, find_algorithm, resolve_config
+from ppo_trainer.algorithms import Algorithm, find_algorithm
 from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
+from ppo_trainer.dynamic_sampling import check_outcome_reward, collect_live_groups
 from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
 from ppo_trainer.experience_maker import ExperienceMaker
 from ppo_trainer.generator import Generator
+from ppo_trainer.reference import build_reference, check_reference_path, describe_reference
+from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
-from rewards.composition import RewardSet
+from rewards.composition import RewardSet, ScoredBatch
 
 
 class PPOTrainer:
@@ -97,7 +101,10 @@ class PPOTrainer:
                 "reward: none given, so answers are judged by form alone: not empty, not repetitive, not cut off "
                 "(rewards/default_reward.py)"
             )
-        RewardSet.build(reward_model if reward_model is not None else "well_formed", config.reward_weights)
+        named = RewardSet.build(
+            reward_model if reward_model is not None else "well_formed", config.reward_weights
+        )
+        check_outcome_reward(config, named.names)
         self.callbacks = list(callbacks)
         Callbacks(self.callbacks)
         if value_model is not None and not self.algorithm.needs_critic:
@@ -108,6 +115,7 @@ class PPOTrainer:
             )
         if config.adapter_path is not None:
             read_description(Path(config.adapter_path).expanduser())
+        check_reference_path(config)
         self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
 
         backend.seed_everything(config.seed)
@@ -121,16 +129,24 @@ class PPOTrainer:
             config.reward_weights,
         )
         self.value_model = self._build_value(value_model, base)
-        self.reference = reference or self._build_reference(
-            fresh=policy is None and config.adapter_path is None
+        self.reference = reference or build_reference(
+            self.policy, config, fresh=policy is None and config.adapter_path is None
         )
         self.kl_controller = self._build_controller()
-        self.generator = Generator(self.policy, config)
-        self.evaluator = Evaluator(self.generator, self.rewards, self.reference, config)
+        self.rollout_policy = RolloutPolicy(
+            self.policy,
+            copy=config.samples_from_copy,
+            sync_every=config.rollout_sync_every,
+            bits=config.rollout_bits if config.quantize_for_rollouts else None,
+            group_size=config.rollout_quant_group_size,
+        )
+        self.generator = Generator(self.policy, config, self.rollout_policy)
+        # Judged is the policy itself, whatever samples while it learns.
+        self.evaluator = Evaluator(Generator(self.policy, config), self.rewards, self.reference, config)
         self._maker = ExperienceMaker(
             self.policy,
             self.value_model,
-            self.reference if self._kl_is_used else None,
+            self._kl_reference,
             self.rewards,
             self.algorithm,
             self.kl_controller,
@@ -141,6 +157,7 @@ class PPOTrainer:
         self.learned_steps = 0  # those that have been learned from, one under way included
         self.episodes = 0  # completions so far
         self.epochs = 0  # passes over prompts so far
+        self._reserve: list[Prompt] = []  # all prompts of the run, for dynamic sampling
         self._recorder: RunRecorder | None = None
 
     # -- The loop -------------------------------------------------------------------------------------
@@ -164,7 +181,7 @@ class PPOTrainer:
         Raises:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
-        prepared = self._prepare(prompts)
+        prepared = self._reserve = self._prepare(prompts)
         if not isinstance(num_epochs, int) or num_epochs < 1:
             raise InvalidConfigurationError(
                 f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
@@ -194,37 +211,40 @@ class PPOTrainer:
     def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
         """One batch of rollouts, from sampling to the last of its updates."""
         clock = _Clock()
-        rollouts = self.generate(prompts)
-        clock.lap("time/rollout")
-        experience, metrics = self.make_experience(rollouts)
+        rollouts, scored, collected = self._collect(prompts, clock)
+        experience, metrics = self.make_experience(rollouts, scored)
         clock.lap("time/score")
         metrics = self.update(experience) | metrics  # KL of the policy that sampled, where both have one
         clock.lap("time/update")
-        if "objective/kl" in metrics:  # this batch has used the old coefficient
-            self.kl_controller.update(metrics["objective/kl"], len(rollouts))
-        metrics |= {"step": self.step, "epoch": epoch, "episode": self.episodes, **clock.laps}
-        n_tokens = sum(len(r.completion_ids) for r in rollouts)
-        metrics["num_tokens"] = n_tokens
-        metrics["tokens_per_second"] = n_tokens / max(sum(clock.laps.values()), 1e-9)
+        self._adapt_kl(metrics, len(rollouts))
+        self._refresh_reference()
+        metrics |= {"step": self.step, "epoch": epoch, "episode": self.episodes, **collected, **clock.laps}
+        metrics |= _speed(rollouts, clock.laps)
         told("on_step_end", self.step, metrics)
         told("on_samples", self.step, self._latest_samples)
         return metrics
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Sample this step's completions: ``group_size`` for each prompt."""
-        self.step += 1
-        rollouts = self.generator.generate(prompts, self.step)
-        self.episodes += len(rollouts)
-        return rollouts
+        self._begin_step()
+        return self._sample(prompts)
 
-    def make_experience(self, rollouts: Sequence[Rollout]) -> tuple[Experience, dict[str, float]]:
-        """Score rollouts and work out advantages; see :class:`ExperienceMaker`."""
-        scored = score_rollouts(self.rewards, rollouts)
+    def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
+        """What the rewards say about each rollout."""
+        return score_rollouts(self.rewards, rollouts)
+
+    def make_experience(
+        self, rollouts: Sequence[Rollout], scored: ScoredBatch | None = None
+    ) -> tuple[Experience, dict[str, float]]:
+        """Score rollouts, unless they are, and work out advantages; see :class:`ExperienceMaker`."""
+        scored = scored or self.score(rollouts)
         self._latest_samples = sample_records(rollouts, scored, self.config.max_logged_samples)
-        minibatch = self.config.minibatch_size or len(rollouts)
-        updates = self.config.num_epochs_per_rollout * -(-len(rollouts) // minibatch)
-        experience, metrics = self._maker.make(rollouts, scored, single_update=updates == 1)
-        return experience, metrics
+        return self._maker.make(
+            rollouts,
+            scored,
+            single_update=updates_per_batch(self.config, len(rollouts)) == 1,
+            greedy_scores=self._greedy_scores(rollouts) if self.algorithm.needs_greedy else None,
+        )
 
     def update(self, experience: Experience) -> dict[str, float]:
         """All optimiser steps on one batch; see :class:`Updater`."""
@@ -232,6 +252,62 @@ class PPOTrainer:
             self._updater = self._build_updater(1)
         self.learned_steps = self.step
         return self._updater.update(experience, self.step)
+
+    # -- Its parts ------------------------------------------------------------------------------------
+
+    def _begin_step(self) -> None:
+        self.step += 1
+        self.rollout_policy.before_rollouts(self.step)
+
+    def _sample(self, prompts: Sequence[Prompt], first_member: int = 0) -> list[Rollout]:
+        rollouts = self.generator.generate(prompts, self.step, first_member=first_member)
+        self.episodes += len(rollouts)
+        return rollouts
+
+    def _collect(
+        self, prompts: Sequence[Prompt], clock: _Clock
+    ) -> tuple[list[Rollout], ScoredBatch, dict[str, float]]:
+        """Rollouts of this step and their scores, from further prompts too where groups turn out dead."""
+        if not self.config.dynamic_sampling:
+            rollouts = self.generate(prompts)
+            clock.lap("time/rollout")
+            scored = self.score(rollouts)
+            clock.lap("time/score")
+            return rollouts, scored, {}
+        self._begin_step()
+
+        def sample(some: Sequence[Prompt], first_member: int) -> list[Rollout]:
+            rollouts = self._sample(some, first_member)
+            clock.lap("time/rollout")
+            return rollouts
+
+        def judge(rollouts: Sequence[Rollout]) -> ScoredBatch:
+            scored = self.score(rollouts)
+            clock.lap("time/score")
+            return scored
+
+        order = np.random.default_rng([self.config.seed, self.step, len(self._reserve)])
+        reserve = [self._reserve[i] for i in order.permutation(len(self._reserve)).tolist()]
+        return collect_live_groups(prompts, reserve or prompts, sample, judge, self.config)
+
+    def _greedy_scores(self, rollouts: Sequence[Rollout]) -> np.ndarray:
+        """The score ``(B,)`` of the likeliest answer to each rollout's prompt; 0 where no reward applies to it."""
+        prompts = {r.prompt.index: r.prompt for r in rollouts}
+        greedy = self.generator.generate(list(prompts.values()), self.step, group_size=1, temperature=0.0)
+        scores = np.nan_to_num(self.score(greedy).total)
+        by_prompt = dict(zip(prompts, scores, strict=True))
+        return np.array([by_prompt[r.prompt.index] for r in rollouts], dtype=np.float32)
+
+    def _adapt_kl(self, metrics: Mapping[str, float], n_samples: int) -> None:
+        """Move the coefficient, now that this batch has used the old one."""
+        key = "objective/kl" if self.config.kl_unit == "sequence" else "objective/kl_per_token"
+        if key in metrics:
+            self.kl_controller.update(metrics[key], n_samples)
+
+    def _refresh_reference(self) -> None:
+        every = self.config.reference_sync_every
+        if every is not None and self.reference is not None and self.step % every == 0:
+            self.reference.follow(self.policy, self.config.reference_mixup)
 
     # -- Around the loop ------------------------------------------------------------------------------
 
@@ -280,8 +356,9 @@ class PPOTrainer:
     # -- Building -------------------------------------------------------------------------------------
 
     @property
-    def _kl_is_used(self) -> bool:
-        return self.algorithm.kl_placement != "none" and self.config.kl_coef > 0
+    def _kl_reference(self) -> FrozenPolicy | None:
+        """The reference, where a KL to it enters what is optimised."""
+        return self.reference if kl_is_used(self.config) else None
 
     def _build_value(self, given: ValueModel | None, base: LanguageModel) -> ValueModel | None:
         if given is not None or not self.algorithm.needs_critic:
@@ -290,30 +367,20 @@ class PPOTrainer:
             return ValueModel.on_policy_trunk(self.policy)
         return ValueModel(base, self.config)
 
-    def _build_reference(self, *, fresh: bool) -> FrozenPolicy:
-        """The policy as it is before the first update.
-
-        A fresh adapter changes nothing, so the reference can do without; one that has learned is part of it.
-        """
-        return self.policy.frozen_copy(with_adapter=not fresh)
-
     def _build_controller(self) -> FixedKLController:
         config = self.config
         if config.kl_target is None:
-            return FixedKLController(config.kl_coef)
-        return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+            return FixedKLController(config.kl_coef, unit=config.kl_unit)
+        return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon, unit=config.kl_unit)
 
     def _build_updater(self, batches: int) -> Updater:
-        config = self.config
-        rows = config.batch_size * config.group_size
-        per_batch = config.num_epochs_per_rollout * -(-rows // min(config.minibatch_size or rows, rows))
         return Updater(
             self.policy,
             self.value_model,
-            self.algorithm,
+            self._kl_reference,
             self.kl_controller,
-            config,
-            total_steps=batches * per_batch,
+            self.config,
+            total_steps=batches * updates_per_batch(self.config),
         )
 
     # -- The run folder -------------------------------------------------------------------------------
@@ -331,7 +398,7 @@ class PPOTrainer:
             "config": self.config.as_dict(),
             "algorithm": self.algorithm.name,
             "rewards": dict(zip(self.rewards.names, self.rewards.weights, strict=True)),
-            "reference": "the policy before the first update",
+            "reference": describe_reference(self.reference, self.config),
             "trainable_parameters": trainable,
             "total_parameters": total,
             "backend": backend.describe(),
@@ -364,7 +431,7 @@ class PPOTrainer:
 
 
 class _Clock:
-    """Seconds between laps."""
+    """Seconds between laps; laps of one name add up."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -372,8 +439,22 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = now - self._last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def _speed(rollouts: Sequence[Rollout], laps: Mapping[str, float]) -> dict[str, float]:
+    """Tokens of the batch that is learned from, per second of the whole step and of each of its stages."""
+    n_tokens = sum(len(r.completion_ids) for r in rollouts)
+    speed = {
+        f"tokens_per_second/{name.removeprefix('time/')}": n_tokens / max(seconds, 1e-9)
+        for name, seconds in laps.items()
+    }
+    return {
+        "num_tokens": n_tokens,
+        "tokens_per_second": n_tokens / max(sum(laps.values()), 1e-9),
+        **speed,
+    }
 
 
 def _epoch_metrics(epoch: int, steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -1,47 +1,21 @@
-"""Experience to better weights: the losses of one algorithm's row, over epochs of minibatches."""
+"""Experience to better weights: epochs of minibatches through the algorithm's loss."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from config.ppo_config import PPOConfig
 from experience_buffer.buffer_manager import ExperienceBuffer, Minibatch
 from experience_buffer.data_structures import Experience
-from models.policy_model import PolicyModel
+from models.policy_model import FrozenPolicy, PolicyModel
 from models.value_model import ValueModel
-from ppo_trainer.algorithms import Algorithm
-from reward_kl.kl_divergence import FixedKLController, kl_per_token
-from token_attribution.logprob_computer import TokenStatistics, statistics_from_states
-from token_attribution.masking import masked_sum
+from ppo_trainer.objective import PolicyObjective, Watched
+from ppo_trainer.resolution import kl_is_used
+from reward_kl.kl_divergence import FixedKLController
+from training.importance_correction import effective_sample_size
 from training.model_trainer import ModelTrainer, StepReport
-from training.policy_loss import (
-    PolicyLossStatistics,
-    aggregate,
-    importance_ratio,
-    policy_loss,
-    policy_loss_statistics,
-)
-from training.value_loss import value_clip_fraction, value_loss
-
-
-class Watched(NamedTuple):
-    """Sums over tokens that a loss reports beside its value."""
-
-    policy: PolicyLossStatistics
-    n_rows: mx.array
-    entropy: mx.array
-    kl_k1: mx.array
-    kl_k3: mx.array
-    policy_loss: mx.array  # its share of the minibatch's loss
-    value_loss: mx.array
-    value_clipped: mx.array  # share of the minibatch's tokens
-
-    def merge(self, other: Watched) -> Watched:
-        """Both together."""
-        sums = [mine + theirs for mine, theirs in zip(self[1:], other[1:], strict=True)]
-        return Watched(self.policy.merge(other.policy), *sums)
 
 
 class Updater:
@@ -51,17 +25,16 @@ class Updater:
         self,
         policy: PolicyModel,
         value: ValueModel | None,
-        algorithm: Algorithm,
+        reference: FrozenPolicy | None,
         kl_controller: FixedKLController,
         config: PPOConfig,
         *,
         total_steps: int,
     ) -> None:
-        self.policy = policy
         self.value = value
-        self.algorithm = algorithm
         self.kl_controller = kl_controller
         self.config = config
+        self.objective = PolicyObjective(policy, value, reference, kl_controller, config)
         shared = value is not None and value.shared
         module = value.module if shared and value is not None else policy.model
         self.policy_trainer = ModelTrainer(module, config, total_steps=total_steps)
@@ -86,9 +59,7 @@ class Updater:
                 if minibatch.n_tokens == 0:
                     continue  # nothing was scored: not even momentum is a reason to move
                 if not warming_up:
-                    # Before the first step the policy is still the one that sampled: its ratio is exactly 1.
-                    on_policy = not reports
-                    reports.append(self._policy_step(minibatch, on_policy))
+                    reports.append(self._policy_step(minibatch, first=not _has_moved(reports)))
                     watched = _merge(reports[-1])
                     merged = watched if merged is None else merged.merge(watched)
                     if self._too_far(watched):
@@ -97,58 +68,13 @@ class Updater:
                     value_reports.append(self._value_step(minibatch))
         return self._metrics(merged, reports, value_reports)
 
-    def _policy_step(self, minibatch: Minibatch, on_policy: bool) -> StepReport:
+    def _policy_step(self, minibatch: Minibatch, *, first: bool) -> StepReport:
+        # Until the first step the policy is still the old one: its ratio is exactly 1.
         return self.policy_trainer.step(
-            lambda part: self._policy_loss(part, minibatch, on_policy), minibatch.micro_batches
+            lambda part: self.objective(part, minibatch, first=first),
+            minibatch.micro_batches,
+            accept=self._ratio_is_sane,
         )
-
-    def _policy_loss(self, part: Experience, whole: Minibatch, on_policy: bool) -> tuple[mx.array, Watched]:
-        """One micro-batch's share of the minibatch's loss. Differentiated."""
-        config, row, mask = self.config, self.algorithm, part.mask
-        tokens, values = self._forward(part)
-        logprobs = tokens.logprobs  # (B, T)
-        old = mx.stop_gradient(logprobs) if on_policy or part.old_logprobs is None else part.old_logprobs
-        clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high}
-        per_token = policy_loss(
-            logprobs, old, part.advantages, mask, ratio=row.ratio, surrogate=row.surrogate, **clip  # type: ignore[arg-type]
-        )
-        zero = mx.zeros(())
-        kl_k1 = kl_k3 = zero
-        if part.ref_logprobs is not None:
-            if row.kl_placement == "loss":
-                # The ratio stays differentiable: without it the gradient would be the forward KL's.
-                kl = kl_per_token(logprobs, part.ref_logprobs, row.kl_estimator, mask)
-                per_token = per_token + self.kl_controller.value * importance_ratio(logprobs, old, mask) * kl
-            measured = mx.stop_gradient(logprobs)
-            kl_k1 = masked_sum(kl_per_token(measured, part.ref_logprobs, "k1", mask), mask)
-            kl_k3 = masked_sum(kl_per_token(measured, part.ref_logprobs, "k3", mask), mask)
-        loss = objective = aggregate(per_token, mask, row.reduction, self._denominator(whole))
-        critic = clipped = zero
-        if values is not None:
-            critic, clipped = self._critic_loss(values, part, whole)
-            objective = objective + config.vf_coef * critic
-        statistics = policy_loss_statistics(logprobs, old, part.advantages, mask, ratio=row.ratio, **clip)  # type: ignore[arg-type]
-        rows = mx.sum(mx.any(mask, axis=1)).astype(mx.float32)
-        watched = Watched(statistics, rows, mx.sum(tokens.entropy), kl_k1, kl_k3, loss, critic, clipped)
-        return objective, watched
-
-    def _forward(self, part: Experience) -> tuple[TokenStatistics, mx.array | None]:
-        """Token statistics, and values where they come from the same trunk: one forward serves both."""
-        temperature = self.config.temperature
-        if self.value is None or not self.value.shared:
-            return self.policy.statistics(part.tokens, part.mask, temperature), None
-        trunk = self.value.trunk
-        states = trunk.hidden(part.tokens[:, :-1])
-        statistics = statistics_from_states(states, trunk.head, part.tokens, part.mask, temperature)
-        return statistics, self.value.from_hidden(states)
-
-    def _denominator(self, whole: Minibatch) -> float:
-        """What the loss divides by, counted over the whole minibatch so that micro-batches add up."""
-        return {
-            "token_mean": max(whole.n_tokens, 1),
-            "sequence_mean": max(whole.n_rows, 1),
-            "fixed_length": max(whole.n_rows, 1) * self.config.max_new_tokens,
-        }[self.algorithm.reduction]
 
     def _value_step(self, minibatch: Minibatch) -> StepReport:
         assert self.value_trainer is not None
@@ -156,17 +82,18 @@ class Updater:
         value = self.value
 
         def loss(part: Experience) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-            critic, clipped = self._critic_loss(value.values(part.tokens), part, minibatch)
+            critic, clipped = self.objective.critic_loss(value.values(part.tokens), part, minibatch)
             return critic, (critic, clipped)
 
         return self.value_trainer.step(loss, minibatch.micro_batches)
 
-    def _critic_loss(self, values: mx.array, part: Experience, whole: Minibatch) -> tuple[mx.array, mx.array]:
-        assert part.values is not None
-        assert part.returns is not None
-        arguments = (values, part.values, part.returns, part.mask, self.config.clip_range_value)
-        count = max(whole.n_tokens, 1)
-        return value_loss(*arguments, denominator=count), value_clip_fraction(*arguments, denominator=count)
+    def _ratio_is_sane(self, extras: list[Any]) -> bool:
+        """Whether the minibatch's mean ratio is below ``ratio_threshold``."""
+        if self.config.ratio_threshold is None:
+            return True
+        total = sum(float(extra.policy.ratio_sum) for extra in extras)
+        count = sum(float(extra.policy.token_count) for extra in extras)
+        return total / max(count, 1.0) <= self.config.ratio_threshold
 
     def _too_far(self, watched: Watched) -> bool:
         """Whether the policy has left the sampling policy by more than ``target_kl``."""
@@ -175,19 +102,23 @@ class Updater:
             float(statistics.token_count), 1
         )
 
+    # -- Metrics --------------------------------------------------------------------------------------
+
     def _metrics(
         self, watched: Watched | None, reports: list[StepReport], value_reports: list[StepReport]
     ) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if watched is not None:
             metrics |= self._policy_metrics(watched, reports)
+            metrics |= _mismatch_metrics(_merge(reports[0]))
         if value_reports:
             metrics["value_grad_norm"] = _mean([r.grad_norm for r in value_reports])
             metrics["loss/value_avg"] = _mean([r.loss for r in value_reports])
             clipped = [sum(float(extra[1]) for extra in r.extras) for r in value_reports]
             metrics["val/clipfrac_avg"] = _mean(clipped)
-        skipped = sum(r.skipped for r in [*reports, *value_reports])
-        return metrics | {"skipped_updates": float(skipped), "num_updates": float(len(reports))}
+        metrics["skipped_updates"] = float(sum(r.skipped for r in [*reports, *value_reports]))
+        metrics["rejected_updates"] = float(sum(r.rejected for r in reports))
+        return metrics | {"num_updates": float(len(reports))}
 
     def _policy_metrics(self, watched: Watched, reports: list[StepReport]) -> dict[str, float]:
         s, n = watched.policy, len(reports)
@@ -205,19 +136,43 @@ class Updater:
             "val/ratio_min": float(s.ratio_min),
             "val/ratio_max": float(s.ratio_max),
         }
-        first = _merge(reports[0])
-        metrics["first_minibatch/ratio_max"] = float(first.policy.ratio_max)
-        metrics["first_minibatch/approxkl"] = float(first.policy.approx_kl) / max(
-            float(first.policy.token_count), 1.0
-        )
-        if self.algorithm.kl_placement != "none" and self.kl_controller.value > 0:
+        first = _merge(reports[0]).policy
+        metrics["first_minibatch/ratio_max"] = float(first.ratio_max)
+        metrics["first_minibatch/approxkl"] = float(first.approx_kl) / max(float(first.token_count), 1.0)
+        rows = max(float(watched.n_rows), 1.0)
+        if kl_is_used(self.config) and self.kl_controller.value > 0:
             metrics["kl"] = float(watched.kl_k3) / count
-        if self.algorithm.kl_placement == "loss" and self.kl_controller.value > 0:
-            metrics["objective/kl"] = float(watched.kl_k1) / max(float(watched.n_rows), 1.0)
+            if self.config.kl_placement == "loss":
+                metrics["objective/kl"] = float(watched.kl_k1) / rows
+                metrics["objective/kl_per_token"] = float(watched.kl_k1) / count
+                metrics["loss/kl_avg"] = float(watched.kl_term) / count
+        if self.config.off_policy_mask_threshold is not None:
+            metrics["off_policy/dropped_fraction"] = float(watched.n_dropped) / rows
         if self.value is not None and self.value.shared:
             metrics["loss/value_avg"] = float(watched.value_loss) / n
             metrics["val/clipfrac_avg"] = float(watched.value_clipped) / n
         return metrics
+
+
+def _mismatch_metrics(first: Watched) -> dict[str, float]:
+    """How far the sampler was from the trainer, token by token, before the first step on the batch."""
+    s = first.mismatch
+    if s is None or float(s.token_count) == 0:
+        return {}
+    count = float(s.token_count)
+    return {
+        "sampling/sampling_logp_difference/mean": float(s.abs_difference_sum) / count,
+        "sampling/sampling_logp_difference/max": float(s.abs_difference_max),
+        "sampling/importance_sampling_ratio/mean": float(s.weight_sum) / count,
+        "sampling/importance_sampling_ratio/min": float(s.weight_min),
+        "sampling/importance_sampling_ratio/max": float(s.weight_max),
+        "sampling/effective_sample_size": float(effective_sample_size(s)),
+    }
+
+
+def _has_moved(reports: list[StepReport]) -> bool:
+    """Whether any step so far changed the policy: one that was skipped or rejected did not."""
+    return any(not (r.skipped or r.rejected) for r in reports)
 
 
 def _merge(report: StepReport) -> Watched:

@@ -1,7 +1,8 @@
 """From one score per completion and one KL per token to one reward per token.
 
-Scores are ``(B,)``, rewards ``(B, T)``, always. The order in a trainer: clip the raw scores, penalise what
-did not end, then either compare within groups or spread over tokens with the KL.
+Scores are ``(B,)``, rewards ``(B, T)``, always. The order in a trainer: scale by the running moments
+(``reward_kl.running_moments``), clip, penalise what did not end, penalise what is overlong; then spread over tokens
+with the KL, whiten, and compare within groups.
 """
 
 from __future__ import annotations
@@ -84,3 +85,26 @@ def clip_scores(scores: mx.array, low: float | None, high: float | None) -> mx.a
 def whiten_rewards(rewards: mx.array, mask: mx.array) -> mx.array:
     """Scale the rewards to variance 1 over the mask and keep their mean (see ``masked_whiten`` for why)."""
     return masked_whiten(rewards, mask, shift_mean=False)
+
+
+def overlong_penalty(lengths: mx.array, max_length: int, buffer: float, weight: float = 1.0) -> mx.array:
+    r"""DAPO's soft punishment of long answers, to be added to the score: (B,) float32, never positive.
+
+    .. math::
+        0 \;\text{ if } n \le L - c, \qquad \frac{(L - c) - n}{c}\,w \;\text{ up to } n = L, \qquad -w \;\text{ beyond}
+
+    (https://arxiv.org/abs/2503.14476, eq. 13; the paper has L = 20480 and c = 4096).
+
+    Args:
+        lengths: (B,) n, tokens of each completion.
+        max_length: L > 0.
+        buffer: c in tokens, 0 <= c <= L; with 0 only what exceeds L is punished.
+        weight: w >= 0, the penalty's full size.
+    """
+    if not 0 <= buffer <= max_length or not weight >= 0:
+        raise ValueError(
+            f"buffer {buffer} must be in [0, max_length = {max_length}] and weight {weight} >= 0."
+        )
+    beyond = lengths.astype(mx.float32) - (max_length - buffer)  # (B,)
+    share = beyond / buffer if buffer > 0 else mx.where(beyond > 0, 1.0, 0.0)
+    return -weight * mx.clip(share, 0.0, 1.0)

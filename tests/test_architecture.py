@@ -40,6 +40,7 @@ LAYERS = (
         "training.policy_loss",
         "training.value_loss",
         "training.preference_loss",
+        "training.importance_correction",
     ),
     ("base_setup", "models", "rewards"),
     ("experience_buffer", "training", "ppo_trainer.generator"),
@@ -56,6 +57,7 @@ PURE = (
     "training.policy_loss",
     "training.value_loss",
     "training.preference_loss",
+    "training.importance_correction",
 )
 #: All that a function of arrays and numbers can need from elsewhere.
 PURE_MAY_IMPORT = (*PURE, "__future__", "collections", "functools", "itertools", "math", "mlx.core", "typing")

@@ -23,18 +23,13 @@ from experience_buffer.buffer_manager import ExperienceBuffer, Minibatch
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import PolicyModel
 from models.sft_model import build_embedded
-from ppo_trainer.algorithms import (
-    ALGORITHMS,
-    GRPO,
-    PPO,
-    Algorithm,
-    Scored,
-    find_algorithm,
-    resolve_config,
-)
+from ppo_trainer.algorithms import ALGORITHMS, GRPO, PPO, Algorithm, find_algorithm
 from ppo_trainer.callbacks import MOMENTS, Callbacks
+from ppo_trainer.credit import Scored, assign_credit
 from ppo_trainer.evaluator import EVALUATION_STEP, Evaluator, score_rollouts
 from ppo_trainer.generator import Generator
+from ppo_trainer.resolution import resolve_config
+from reward_kl.reward_computer import token_rewards
 from rewards.composition import RewardSet
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +49,9 @@ def experience(prompt_lengths: list[int], lengths: list[int], *, extra_columns: 
     for row, (start, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
         mask[row, start - 1 : start - 1 + n] = True
     names = 100 * np.arange(len(lengths))[:, None] + np.arange(width + 1)[None]
-    numbers = [mx.array(names[:, :-1] + offset, dtype=mx.float32) for offset in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    numbers = [
+        mx.array(names[:, :-1] + offset, dtype=mx.float32) for offset in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    ]
     return Experience(mx.array(names, dtype=mx.int32), mx.array(mask), *numbers)
 
 
@@ -107,7 +104,7 @@ def test_rows_keeps_what_belongs_together_and_drops_padding_alone() -> None:
         if name != "tokens":
             assert array.shape == (2, 8)
     assert int(mx.sum(taken.mask)) == 4 + 6
-    bare = Experience(whole.tokens, whole.mask, whole.advantages).rows([1])
+    bare = Experience(whole.tokens, whole.mask, whole.advantages, whole.sampler_logprobs).rows([1])
     assert (bare.old_logprobs, bare.ref_logprobs, bare.values, bare.returns) == (None,) * 4
 
 
@@ -126,9 +123,9 @@ def test_a_row_without_a_sampled_token_can_be_taken_alone() -> None:
 @pytest.mark.parametrize("row", ALGORITHMS.values(), ids=lambda row: row.name)
 def test_the_rows_defaults_fill_in_what_nobody_set(row: Algorithm) -> None:
     resolved = resolve_config(PPOConfig(), row)
-    assert {name: getattr(resolved, name) for name in row.defaults} == dict(row.defaults)
-    assert resolved.algorithm == row.name
-    untouched = [f.name for f in dataclasses.fields(PPOConfig) if f.name not in (*row.defaults, "algorithm")]
+    columns = row.columns()
+    assert {name: getattr(resolved, name) for name in columns} == columns
+    untouched = [f.name for f in dataclasses.fields(PPOConfig) if f.name not in columns]
     assert all(getattr(resolved, name) == getattr(PPOConfig(), name) for name in untouched)
 
 
@@ -165,9 +162,12 @@ def test_credit_is_zero_where_the_mask_is_and_ignores_what_stands_there(row: Alg
     values = rewards * 0.5
     scores, groups = mx.array([1.0, 0.0, 0.5, 2.0]), mx.array([7, 7, 3, 3])
 
+    components = mx.stack([scores, mx.zeros(4)], axis=1)
+
     def credit(garbage: float) -> tuple[mx.array, mx.array | None]:
         dirty = [mx.where(mask, x, garbage) for x in (rewards, values)]
-        return row.credit(Scored(scores, *dirty, mask, groups), PPOConfig())
+        batch = Scored(scores, *dirty, mask, groups, components, mx.ones(2), scores * 0.5)
+        return assign_credit(row.credit, batch, resolve_config(PPOConfig(), row))
 
     clean, dirty = credit(0.0), credit(1e6)
     assert mx.array_equal(clean[0], dirty[0])
@@ -180,7 +180,8 @@ def test_ppo_learns_values_from_raw_returns_and_the_policy_from_whitened_advanta
     mask = mx.array([[True, True, True], [True, True, False]])
     rewards = mx.array([[0.5, -1.0, 3.0], [2.0, 10.0, 0.0]])
     values = mx.array([[0.2, 0.4, -0.3], [4.0, 1.0, 0.0]])
-    credit = PPO.credit(Scored(mx.zeros(2), rewards, values, mask, mx.arange(2)), PPOConfig(gamma=1, lam=1))
+    config = resolve_config(PPOConfig(gamma=1, lam=1), PPO)
+    credit = assign_credit(PPO.credit, Scored(mx.zeros(2), rewards, values, mask, mx.arange(2)), config)
     returns = np.array([[2.5, 2.0, 3.0], [12.0, 10.0, 0.0]])
     assert credit.returns is not None
     np.testing.assert_allclose(np.array(credit.returns), returns, atol=1e-5)
@@ -193,7 +194,8 @@ def test_grpo_gives_every_token_of_a_row_its_score_against_its_own_group() -> No
     """Scores 1, 2, 3 have mean 2 and standard deviation 1; the group of 10 and 10 teaches nothing."""
     mask = mx.array([[True, True], [True, False], [False, True], [True, True], [True, True]])
     scores, groups = mx.array([1.0, 10.0, 2.0, 3.0, 10.0]), mx.array([5, 9, 5, 5, 9])
-    credit = GRPO.credit(Scored(scores, mx.zeros(mask.shape), None, mask, groups), PPOConfig())
+    rewards = token_rewards(scores, None, mask, 0.0)
+    credit = GRPO.credit(Scored(scores, rewards, None, mask, groups), PPOConfig())
     expected = np.array([[-1, -1], [0, 0], [0, 0], [1, 1], [0, 0]]) / (1 + 1e-4)
     np.testing.assert_allclose(np.array(credit.advantages), expected * np.array(mask), atol=1e-6)
     assert credit.returns is None
@@ -526,8 +528,9 @@ def test_every_option_is_read_by_the_code() -> None:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     read = set[str]().union(*(attributes_read(file.read_text(encoding="utf-8")) for file in files))
     fields = Counter(f.name for cls in CONFIG_CLASSES for f in dataclasses.fields(cls))
-    # allow_truncated_sampling is a permission: what it permits is decided where the config is checked.
-    assert set(fields) - read == {"allow_truncated_sampling"}
+    # A permission is decided where the config is checked, and importance_correction is read as config.correction.
+    assert set(fields) - read == {"allow_truncated_sampling", "importance_correction"}
+    assert "correction" in read
 
 
 def test_the_reader_of_attributes_sees_reads_and_not_mentions() -> None:

@@ -158,6 +158,34 @@ def test_a_second_run_sets_nothing_up(tmp_path):
     assert machine.asked() == f"{machine.root}/main.py --name a b\n"
 
 
+def test_comparisons_with_pytorch_have_an_environment_of_their_own(tmp_path):
+    stub = PYTHON.replace('"$*" >>', '"${UV_TORCH_BACKEND:-any} $*" >>')
+    machine = Machine(tmp_path, LINUX | {"python3.12": stub})
+    shutil.copy(ROOT / "requirements-torch.txt", machine.root)
+    ran = machine.run("test-torch", "-x", cwd=tmp_path)
+    assert ran.stdout == f"<-m><pytest><-m><torch><-x> in {machine.root}\n"
+    torch = machine.root / ".venv-torch"
+    assert f"-m venv --clear {torch}\n" in machine.asked()
+    assert (
+        f"cpu -m pip install --disable-pip-version-check -q -r {torch}/requirements-torch.txt"
+        in machine.asked()
+    )
+    listed = (torch / "requirements-torch.txt").read_text()
+    assert "-r requirements-dev.txt" in listed.splitlines()
+    assert {"requirements.txt", "requirements-dev.txt"} <= {path.name for path in torch.iterdir()}
+    assert not (machine.root / ".venv").exists()
+
+    machine.log.unlink()
+    machine.run("test-torch")
+    assert machine.asked() == "cpu -m pytest -m torch\n"  # there already
+    with open(machine.root / "requirements-torch.txt", "a") as file:
+        file.write("another-package\n")
+    machine.run("test-torch")
+    assert "-m pip install" in machine.asked()
+    machine.run("test")
+    assert f"any -m pip install --disable-pip-version-check -q -r {machine.root}/.venv/" in machine.asked()
+
+
 def test_changed_requirements_are_installed_without_a_new_environment(tmp_path):
     machine = Machine(tmp_path, LINUX | {"python3.12": PYTHON})
     machine.run("setup")

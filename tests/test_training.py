@@ -39,7 +39,8 @@ from models.reward_model import RewardModel
 from models.sft_model import build_embedded
 from models.value_model import ValueModel
 from monitoring.metrics_file import read_metrics
-from ppo_trainer.algorithms import Algorithm, Credit, Scored
+from ppo_trainer.algorithms import Algorithm
+from ppo_trainer.credit import Credit, Scored
 from ppo_trainer.evaluator import score_rollouts
 from ppo_trainer.ppo_trainer import PPOTrainer
 from ppo_trainer.updater import Updater

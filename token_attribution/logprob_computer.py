@@ -21,7 +21,7 @@ class TokenStatistics(NamedTuple):
     """What one forward pass says about each sampled token; exactly 0 where the mask is False."""
 
     logprobs: mx.array  # (B, T) float32, differentiable
-    entropy: mx.array  # (B, T) float32, nats, without gradient
+    entropy: mx.array  # (B, T) float32, nats, without gradient unless that was asked for
 
 
 def logprobs_from_logits(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
@@ -103,16 +103,36 @@ def token_statistics(
     *,
     trunk: Trunk | None = None,
     entropy: bool = True,
+    entropy_gradient: bool = False,
 ) -> TokenStatistics:
-    """Like :func:`token_logprobs`, with the entropy of each token's distribution (zeros unless asked for)."""
+    """Like :func:`token_logprobs`, with the entropy of each token's distribution.
+
+    Args:
+        entropy: False gives zeros in its place, at no cost.
+        entropy_gradient: let the entropy carry gradient, as a bonus in the loss needs. A metric does not, and
+            without it the backward pass has less to do.
+    """
     _check_alignment(tokens, mask)
     trunk = trunk or (find_trunk(model) if isinstance(model, nn.Module) else None)
     if trunk is None:  # no way to stop before the head: all positions go through it, and most are dropped
         return statistics_from_states(
-            model(tokens[:, :-1]), lambda z: z, tokens, mask, temperature, entropy=entropy
+            model(tokens[:, :-1]),
+            lambda z: z,
+            tokens,
+            mask,
+            temperature,
+            entropy=entropy,
+            entropy_gradient=entropy_gradient,
         )
-    states = trunk.hidden(tokens[:, :-1])
-    return statistics_from_states(states, trunk.head, tokens, mask, temperature, entropy=entropy)
+    return statistics_from_states(
+        trunk.hidden(tokens[:, :-1]),
+        trunk.head,
+        tokens,
+        mask,
+        temperature,
+        entropy=entropy,
+        entropy_gradient=entropy_gradient,
+    )
 
 
 def statistics_from_states(
@@ -123,26 +143,34 @@ def statistics_from_states(
     temperature: float = 1.0,
     *,
     entropy: bool = True,
+    entropy_gradient: bool = False,
 ) -> TokenStatistics:
     """The same from the trunk's hidden states (B, T, D), for callers that need those for something else too."""
     _check_alignment(tokens, mask)
     # The head is by far the widest layer: it is computed where the mask is True and nowhere else.
-    sampled = mx.array(np.flatnonzero(np.array(mask)).astype(np.int32))  # (N,)
+    sampled = true_positions(mask)  # (N,)
     nowhere = mx.zeros(mask.shape)
     if sampled.size == 0:
         return TokenStatistics(nowhere, nowhere)
     logits = head(states.reshape(-1, states.shape[-1])[sampled])  # (N, V)
     targets = tokens[:, 1:].reshape(-1)[sampled]  # (N,)
-
-    def back_in_place(x: mx.array) -> mx.array:  # (N,) -> (B, T)
-        return nowhere.reshape(-1).at[sampled].add(x).reshape(mask.shape)
-
-    logprobs = back_in_place(logprobs_from_logits(logits, targets, temperature))
+    logprobs = back_in_place(logprobs_from_logits(logits, targets, temperature), sampled, mask.shape)
     if not entropy:
         return TokenStatistics(logprobs, nowhere)
+    seen = logits if entropy_gradient else mx.stop_gradient(logits)
     return TokenStatistics(
-        logprobs, back_in_place(entropy_from_logits(mx.stop_gradient(logits), temperature))
+        logprobs, back_in_place(entropy_from_logits(seen, temperature), sampled, mask.shape)
     )
+
+
+def true_positions(mask: mx.array) -> mx.array:
+    """Where the flattened mask is True: (N,) int32. It reads the mask's values, so it waits for them."""
+    return mx.array(np.flatnonzero(np.array(mask)).astype(np.int32))
+
+
+def back_in_place(x: mx.array, positions: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """One number for each of the flat ``positions``, (N,), put into float32 zeros of ``shape``."""
+    return mx.zeros(shape).reshape(-1).at[positions].add(x).reshape(shape)
 
 
 def _check_alignment(tokens: mx.array, mask: mx.array) -> None:

@@ -19,6 +19,7 @@ class Trunk(NamedTuple):
 
     hidden: Callable[..., mx.array]  # (B, T) int32, cache=None -> (B, T, D), after the final norm
     head: Callable[[mx.array], mx.array]  # (..., D) -> (..., V)
+    head_module: Callable[[], nn.Module] | None = None  # who owns the head's weights now, adapters included
 
 
 def find_trunk(model: nn.Module) -> Trunk | None:
@@ -34,19 +35,23 @@ def find_trunk(model: nn.Module) -> Trunk | None:
     def hidden(tokens: mx.array, cache: Any = None) -> mx.array:
         return inner(tokens, cache=cache)
 
-    for head in _head_candidates(owner, inner):
+    for head, head_module in _head_candidates(owner, inner):
         if _composes(model, hidden, head):
-            return Trunk(hidden, head)
+            return Trunk(hidden, head, head_module)
     return None
 
 
-def _head_candidates(owner: nn.Module, inner: nn.Module) -> list[Callable[[mx.array], mx.array]]:
-    candidates: list[Callable[[mx.array], mx.array]] = []
+def _head_candidates(
+    owner: nn.Module, inner: nn.Module
+) -> list[tuple[Callable[[mx.array], mx.array], Callable[[], nn.Module]]]:
+    candidates: list[tuple[Callable[[mx.array], mx.array], Callable[[], nn.Module]]] = []
     if "lm_head" in owner:
-        candidates.append(lambda h: owner["lm_head"](h))
+        candidates.append((lambda h: owner["lm_head"](h), lambda: owner["lm_head"]))
     for name in ("embed_tokens", "wte", "tok_embeddings"):
         if name in inner and hasattr(inner[name], "as_linear"):
-            candidates.append(lambda h, name=name: inner[name].as_linear(h))  # type: ignore[misc]
+            candidates.append(
+                (lambda h, name=name: inner[name].as_linear(h), lambda name=name: inner[name])  # type: ignore[misc]
+            )
     return candidates
 
 

@@ -32,6 +32,7 @@ class StepReport(NamedTuple):
     learning_rate: float
     skipped: bool  # loss or gradient was not finite: weights and optimiser are as they were
     extras: list[Any]  # what the loss returned beside its value, evaluated, one entry per micro-batch
+    rejected: bool = False  # the caller did not want this step: likewise
 
 
 def build_schedule(
@@ -85,8 +86,13 @@ class ModelTrainer:
         if not tree_flatten(module.trainable_parameters()):
             raise ValueError("the module has no trainable parameters")
 
-    def step(self, loss: Loss[Batch], micro_batches: Iterable[Batch]) -> StepReport:
-        """One update from the summed gradients of ``micro_batches``."""
+    def step(
+        self,
+        loss: Loss[Batch],
+        micro_batches: Iterable[Batch],
+        accept: Callable[[list[Any]], bool] = lambda extras: True,
+    ) -> StepReport:
+        """One update from the summed gradients of ``micro_batches``, unless ``accept(extras)`` says no."""
         differentiate = nn.value_and_grad(self.module, loss)
         total, gradients, extras = mx.zeros(()), None, []
         for batch in micro_batches:
@@ -102,12 +108,14 @@ class ModelTrainer:
         # Read before the update: one NaN gradient would make every weight NaN for ever.
         loss_value, norm_value = float(total), float(norm)
         skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
+        rejected = not skipped and not accept(extras)
         if skipped:
             self._count_skip(loss_value, norm_value)
-        else:
+        elif not rejected:
             self.skipped_in_a_row = 0
             self._update(gradients, norm_value)
-        return StepReport(loss_value, norm_value, float(self.optimizer.learning_rate), skipped, extras)
+        rate = float(self.optimizer.learning_rate)
+        return StepReport(loss_value, norm_value, rate, skipped, extras, rejected)
 
     def _update(self, gradients: Any, norm: float) -> None:
         if self.max_grad_norm is not None and norm > self.max_grad_norm:

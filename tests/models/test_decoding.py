@@ -13,7 +13,8 @@ from mlx_lm.utils import _get_classes
 
 from config.model_config import ModelConfig
 from models import prefix_cache
-from models.decoding import Completion, Sampling, complete, draw, sampling_weights, uniforms_for
+from models.decoding import Completion, complete
+from models.sampling import Sampling, draw, sampling_weights, uniforms_for
 from models.sft_model import build_embedded
 from token_attribution.extractor import pad_sequences
 from token_attribution.logprob_computer import token_logprobs

@@ -8,6 +8,7 @@ from training.policy_loss import (
     PolicyLossStatistics,
     aggregate,
     importance_ratio,
+    off_policy_sequence_mask,
     policy_loss,
     policy_loss_statistics,
 )
@@ -35,7 +36,10 @@ VARIANTS = [
     {"surrogate": "cispo", "ratio_cap": 1.1},
     {"dual_clip": 1.5},
     {"delta": 1.5},
+    {"surrogate": "sapo"},
+    {"surrogate": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 4.0},
 ]
+MODES = ["token_mean", "sequence_mean", "fixed_length", "sequence_sum", "micro_batch_mean"]
 
 
 def loss_of(new=NEW, old=OLD, advantages=ADVANTAGES, mask=MASK, **options):
@@ -75,6 +79,8 @@ def loop_loss(
     delta=None,
     ratio_cap=np.inf,
     weights=None,
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
 ):
     high = clip_epsilon if clip_epsilon_high is None else clip_epsilon_high
     ratios, losses = loop_ratio(new, old, mask, ratio), np.zeros(mask.shape)
@@ -87,6 +93,9 @@ def loop_loss(
         ):  # the weight is a constant: ``weights`` holds it still for finite differences
             w = min(r, ratio_cap) if weights is None else weights[i, t]
             losses[i, t] = -w * a * new[i, t]
+        elif surrogate == "sapo":
+            tau = sapo_temperature_pos if a > 0 else sapo_temperature_neg
+            losses[i, t] = -a * 4 / tau / (1 + np.exp(-tau * (r - 1)))
         else:
             r_unclipped = r if delta is None else min(r, delta)
             losses[i, t] = -min(r_unclipped * a, min(max(r, 1 - clip_epsilon), 1 + high) * a)
@@ -165,7 +174,7 @@ def test_delta_is_dual_clip_by_another_name():
 
 def test_on_policy_the_gradient_is_alive_even_with_no_room_to_clip():
     expected = np.where(MASK, -ADVANTAGES / MASK.sum(), 0)
-    for options in ({}, {"clip_epsilon": 0.0}, {"surrogate": "unclipped"}, {"surrogate": "cispo"}):
+    for options in ({}, {"clip_epsilon": 0.0}, *VARIANTS[4:]):
         assert np.allclose(gradient_of(OLD, **options), expected, atol=1e-7), options
 
 
@@ -185,7 +194,7 @@ def test_only_the_logprobs_receive_gradient(options):
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_garbage_at_masked_positions(options, garbage):
     new, old, advantages = (np.where(MASK, x, np.float32(garbage)) for x in (NEW, OLD, ADVANTAGES))
-    for mode in ("token_mean", "sequence_mean", "fixed_length"):
+    for mode in MODES:
         gradient = gradient_of(new, old=old, advantages=advantages, mode=mode, **options)
         assert (gradient == gradient_of(mode=mode, **options)).all()
         assert (gradient[~MASK] == 0).all()
@@ -216,6 +225,86 @@ def test_low_precision_logprobs_are_subtracted_in_float32():
     loss = policy_loss(new, old, mx.array(ADVANTAGES), mx.array(MASK))
     assert loss.dtype == mx.float32
     assert np.allclose(np.array(loss), loop_loss(np.array(new.astype(mx.float32))), atol=2e-6)
+
+
+def test_sapos_gate_fades_on_both_sides_and_sooner_at_a_higher_temperature():
+    """d loss / d logprob is -4 sigma (1 - sigma) r A, by hand at tau (r - 1) = log 3: 4 * 3/4 * 1/4 = 3/4."""
+    for advantage, tau in [(1.0, 1.0), (-1.0, 2.0)]:
+        ratio = 1 + np.log(3) / tau
+
+        def value(x, advantage=advantage):
+            one = mx.array([[True]])
+            options = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 2.0}
+            loss = policy_loss(x, mx.zeros((1, 1)), mx.array([[advantage]]), one, surrogate="sapo", **options)
+            return loss.sum()
+
+        result, gradient = mx.value_and_grad(value)(mx.array([[np.log(ratio)]]))
+        assert np.isclose(result.item(), -advantage * 4 / tau * 0.75, atol=1e-5)
+        assert np.isclose(gradient.item(), -advantage * 0.75 * ratio, atol=1e-5)
+
+    far = [np.log(0.01), np.log(10.0)]  # where a hard clip has long been flat on one side, both have faded
+    slopes = gradient_of(
+        np.array([far], dtype=np.float32),
+        old=np.zeros((1, 2), dtype=np.float32),
+        advantages=np.ones((1, 2), dtype=np.float32),
+        mask=np.ones((1, 2), dtype=bool),
+        surrogate="sapo",
+    )
+    assert (np.abs(slopes) < 0.01).all()
+    assert (slopes < 0).all()
+
+
+# --- completions that the policy has left behind
+
+
+def left_behind(new, old, advantages, mask, threshold=0.5):
+    return np.array(off_policy_sequence_mask(*map(mx.array, (new, old, advantages, mask)), threshold))
+
+
+def test_a_bad_completion_left_behind_is_dropped_whole():
+    old = np.zeros((5, 3), dtype=np.float32)
+    new = np.array(
+        [
+            [-0.4, -0.8, 0.0],  # 0.6 nats per token behind
+            [-0.4, -0.8, 0.0],
+            [-0.4, -0.4, 0.0],  # 0.4
+            [0.9, 0.9, 0.0],  # far ahead
+            [-1.8, 0.6, 0.0],  # 0.6 on average, although one token is likelier now
+        ],
+        dtype=np.float32,
+    )
+    advantages = np.array([-1.0, 1.0, -1.0, -1.0, -0.1], dtype=np.float32)
+    mask = np.array([[True, True, False]] * 5)
+    result = left_behind(new, old, advantages, mask)
+    assert (result[:, :2] == np.array([0, 1, 1, 1, 0])[:, None]).all()
+    assert (result[:, 2] == 1).all()
+    assert (left_behind(new, old, advantages, mask, 0.61) == 1).all()
+    assert (left_behind(old, old, advantages, mask, 0.0) == 1).all()  # on-policy nobody is behind
+
+
+def test_with_an_advantage_per_token_the_good_tokens_of_a_dropped_row_stay():
+    old, mask = np.zeros((1, 3), dtype=np.float32), np.ones((1, 3), dtype=bool)
+    advantages = np.array([[-1.0, 0.0, 2.0]], dtype=np.float32)
+    assert left_behind(old - 1, old, advantages, mask).tolist() == [[0.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -1e4])
+def test_what_is_left_behind_is_judged_by_sampled_tokens_alone(garbage):
+    new = OLD - 1
+    clean = left_behind(new, OLD, ADVANTAGES, MASK)
+    assert 0 < (clean == 0).sum() == (MASK & (ADVANTAGES < 0)).sum()
+    dirty = left_behind(*(np.where(MASK, x, np.float32(garbage)) for x in (new, OLD, ADVANTAGES)), MASK)
+    assert (dirty == clean).all()
+
+
+def test_the_off_policy_mask_passes_no_gradient():
+    def total(*arrays):
+        return off_policy_sequence_mask(*arrays, mx.array(MASK), 0.1).sum()
+
+    for gradient in mx.grad(total, argnums=(0, 1, 2))(*map(mx.array, (OLD - 1, OLD, ADVANTAGES))):
+        assert not np.array(gradient).any()
+    with pytest.raises(ValueError, match="threshold must be >= 0"):
+        left_behind(NEW, OLD, ADVANTAGES, MASK, -0.1)
 
 
 # --- sequence-level ratios
@@ -261,26 +350,26 @@ def test_the_ratio_is_one_where_the_mask_is_false():
 # --- aggregation
 
 
-def test_the_three_modes_by_hand():
+def test_the_modes_by_hand():
     per_token = mx.array([[1.0, 2.0, np.nan], [6.0, np.nan, np.nan]])
     mask = mx.array([[True, True, False], [True, False, False]])
     assert aggregate(per_token, mask, "token_mean").item() == 3.0  # (1 + 2 + 6) / 3
     assert aggregate(per_token, mask, "sequence_mean").item() == 3.75  # (1.5 + 6) / 2
     assert aggregate(per_token, mask, "fixed_length").item() == 1.5  # 9 / (2 * 3)
-    for mode, numerator in (("token_mean", 9.0), ("sequence_mean", 7.5), ("fixed_length", 9.0)):
+    assert aggregate(per_token, mask, "sequence_sum").item() == 4.5  # (1 + 2 + 6) / 2
+    assert aggregate(per_token, mask, "micro_batch_mean").item() == 3.0
+    for mode, numerator in zip(MODES, (9.0, 7.5, 9.0, 9.0, 9.0), strict=True):
         assert aggregate(per_token, mask, mode, denominator=30).item() == pytest.approx(numerator / 30)
 
 
 def test_empty_rows_count_as_rows_but_not_as_tokens():
     per_token, mask = mx.array([[4.0], [np.nan]]), mx.array([[True], [False]])
-    values = [
-        aggregate(per_token, mask, mode).item() for mode in ("token_mean", "sequence_mean", "fixed_length")
-    ]
-    assert values == [4.0, 2.0, 2.0]
+    assert [aggregate(per_token, mask, mode).item() for mode in MODES] == [4.0, 2.0, 2.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize(
-    ("mode", "denominator"), [("token_mean", MASK.sum()), ("sequence_mean", 4), ("fixed_length", 4 * 6)]
+    ("mode", "denominator"),
+    [("token_mean", MASK.sum()), ("sequence_mean", 4), ("fixed_length", 4 * 6), ("sequence_sum", 4)],
 )
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
@@ -295,16 +384,42 @@ def test_micro_batches_add_up_to_the_whole(mode, denominator, size, ratio):
     assert np.abs(whole).max() > 0.01
 
 
+def test_a_mean_of_micro_batches_depends_on_the_split():
+    """TRL's bnpo by hand: with tokens 4, 4, 0 and 1 in the rows, halves of 8 and 1 tokens weigh the same."""
+    halves = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        case = {"old": OLD[rows], "advantages": ADVANTAGES[rows], "mask": MASK[rows]}
+        count = int(MASK[rows].sum()) * 2
+        halves.append(gradient_of(NEW[rows], mode="micro_batch_mean", denominator=count, **case))
+    whole = gradient_of(mode="token_mean") * MASK.sum()  # of the sum
+    assert np.allclose(halves[0], whole[:2] / 16, atol=1e-7)
+    assert np.allclose(halves[1], whole[2:] / 2, atol=1e-7)
+
+
+def test_on_policy_rloo_is_reinforce():
+    """The product of the ratios and the sum of the tokens have the same gradient at ratio 1, -A / B a token."""
+    rloo = gradient_of(
+        OLD,
+        mode="sequence_mean",
+        advantages=ROW_ADVANTAGES,
+        ratio="sequence_product",
+        surrogate="unclipped",
+    )
+    for surrogate in ("clipped", "unclipped", "cispo", "sapo"):
+        reinforce = gradient_of(OLD, mode="sequence_sum", advantages=ROW_ADVANTAGES, surrogate=surrogate)
+        assert np.allclose(reinforce, np.where(MASK, -ROW_ADVANTAGES[:, None] / 4, 0), atol=1e-6)
+        assert np.allclose(reinforce, rloo, atol=1e-6)
+
+
 def test_the_modes_agree_when_all_completions_fill_the_width():
     full = np.ones(MASK.shape, dtype=bool)
-    gradients = [
-        gradient_of(mode=mode, mask=full) for mode in ("token_mean", "sequence_mean", "fixed_length")
-    ]
-    assert np.allclose(gradients[0], gradients[1], atol=1e-7)
-    assert np.allclose(gradients[0], gradients[2], atol=1e-7)
+    gradients = {mode: gradient_of(mode=mode, mask=full) for mode in MODES}
+    gradients["sequence_sum"] /= full.shape[1]
+    for mode in MODES[1:]:
+        assert np.allclose(gradients["token_mean"], gradients[mode], atol=1e-7)
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "fixed_length"])
+@pytest.mark.parametrize("mode", MODES)
 def test_an_all_masked_batch_moves_nothing(mode):
     nothing = np.zeros(MASK.shape, dtype=bool)
     for denominator in (None, 0, 12):
@@ -365,6 +480,14 @@ def test_the_clip_counts_are_the_tokens_without_gradient():
     assert statistics.clip_region.item() == (gradient_of()[MASK] == 0).sum() > 0
 
 
+def test_with_a_cap_the_good_tokens_above_it_are_counted():
+    new = mx.log(mx.array([[0.01, 1.9, 2.1, 2.1, 3.0, 3.0]]))
+    advantages = mx.array([[-1.0, 1.0, 1.0, -1.0, 1.0, 1.0]])
+    mask = mx.array([[True, True, True, True, True, False]])
+    statistics = policy_loss_statistics(new, mx.zeros((1, 6)), advantages, mask, ratio_cap=2.0)
+    assert [x.item() for x in statistics[1:4]] == [0, 2, 2]  # the third and the fifth
+
+
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_statistics_see_no_garbage_and_pass_no_gradient(garbage):
     clean = policy_loss_statistics(*map(mx.array, (NEW, OLD, ADVANTAGES, MASK)))
@@ -402,7 +525,7 @@ def test_a_compiled_step_takes_its_denominator_as_an_array():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"surrogate": "clip"}, "clipped, unclipped, cispo"),
+        ({"surrogate": "clip"}, "clipped, unclipped, cispo, sapo"),
         ({"ratio": "row"}, "token, sequence, sequence_product"),
         ({"clip_epsilon": -0.1}, "must not be negative"),
         ({"clip_epsilon_high": -0.1}, "must not be negative"),
@@ -412,6 +535,8 @@ def test_a_compiled_step_takes_its_denominator_as_an_array():
         ({"surrogate": "unclipped", "dual_clip": 3.0}, "belong to the clipped surrogate"),
         ({"ratio_cap": 5.0}, "belongs to the cispo surrogate"),
         ({"surrogate": "cispo", "ratio_cap": 0.0}, "greater than 0"),
+        ({"surrogate": "sapo", "sapo_temperature_neg": 0.0}, "sapo_temperature_neg 0.0 must be greater"),
+        ({"surrogate": "sapo", "dual_clip": 3.0}, "belong to the clipped surrogate"),
     ],
     ids=str,
 )
@@ -425,5 +550,5 @@ def test_wrong_shapes_are_named():
         loss_of(NEW[:, :5])
     with pytest.raises(ValueError, match=r"advantages \(3,\) must be .* mask \(4, 6\)"):
         loss_of(advantages=ADVANTAGES[:3, 0])
-    with pytest.raises(ValueError, match="token_mean, sequence_mean, fixed_length"):
+    with pytest.raises(ValueError, match=", ".join(MODES)):
         aggregate(mx.zeros((1, 1)), mx.array([[True]]), "mean")

@@ -1,0 +1,164 @@
+"""The distribution that a token is sampled from, and the draw.
+
+    logits → + bias → repetition penalty → / temperature → top-k → top-p → min-p
+
+in the order of mlx-lm's own processors and samplers. The logprob that is kept is that of the end of this chain.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+
+class Sampling(NamedTuple):
+    """The distribution sampled from; the defaults are the model's own, at temperature 1."""
+
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit; -inf forbids it
+    repetition_penalty: float = 1.0  # recent tokens' logits: / where positive, * where negative
+    repetition_context: int = 20  # how many tokens are recent
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether bias or penalty stand between the model's logits and the temperature."""
+        return bool(self.logit_bias) or self.repetition_penalty != 1.0
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse what would be sampled from wrongly without a word."""
+    if not sampling.temperature >= 0:
+        raise ValueError(f"temperature must not be negative, but it is {sampling.temperature}")
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or not 0 <= sampling.min_p <= 1:
+        raise ValueError(
+            f"top_k must be 0 (all tokens) or more, top_p in (0, 1] and min_p in [0, 1], found {sampling}"
+        )
+    if not (sampling.repetition_penalty > 0 and math.isfinite(sampling.repetition_penalty)):
+        raise ValueError(
+            f"repetition_penalty must be greater than 0, but it is {sampling.repetition_penalty}"
+        )
+    if sampling.repetition_context < 1:
+        raise ValueError(f"repetition_context must be at least 1, but it is {sampling.repetition_context}")
+    for token, bias in sampling.logit_bias:
+        if token < 0 or math.isnan(bias) or bias == math.inf:
+            raise ValueError(
+                f"logit_bias: a token id and a finite number or -inf are expected, found {token}: {bias}"
+            )
+
+
+class LogitChanges:
+    """Bias and repetition penalty for one batch of rows, with the recent tokens that the penalty needs.
+
+    The tokens stay on the device: nothing here waits for a value.
+    """
+
+    def __init__(self, sampling: Sampling, tails: list[list[int]], vocabulary: int) -> None:
+        """``tails``: each row's prompt, of which the end counts as recent."""
+        self.penalty, context = sampling.repetition_penalty, sampling.repetition_context
+        self.bias: mx.array | None = None
+        if sampling.logit_bias:
+            bias = np.zeros(vocabulary, dtype=np.float32)
+            for token, amount in sampling.logit_bias:
+                if token >= vocabulary:
+                    raise ValueError(
+                        f"logit_bias: token {token} is not in the vocabulary of {vocabulary} tokens"
+                    )
+                bias[token] = amount
+            self.bias = mx.array(bias)
+        # A short prompt is filled up with its own first token: penalised once, however often it stands there.
+        filled = [
+            ([tail[0]] * context + list(tail))[-context:] if len(tail) < context else tail[-context:]
+            for tail in tails
+        ]
+        self.recent = mx.array(filled, dtype=mx.int32)  # (B, context)
+
+    def apply(self, logits: mx.array) -> mx.array:
+        """``(B, V)`` logits to ``(B, V)`` float32."""
+        return adjusted_logits(logits, self.bias, self.recent, self.penalty)
+
+    def append(self, tokens: mx.array) -> None:
+        """The tokens ``(B,)`` that were drawn become the most recent."""
+        self.recent = mx.concatenate([self.recent[:, 1:], tokens[:, None]], axis=1)
+
+    def keep(self, rows: mx.array) -> None:
+        """Drop the rows that are not named."""
+        self.recent = self.recent[rows]
+
+
+def adjusted_logits(
+    logits: mx.array, bias: mx.array | None, recent: mx.array, penalty: float = 1.0
+) -> mx.array:
+    """Add the bias; then divide the positive and multiply the negative logits of recent tokens by the penalty.
+
+    Args:
+        logits: ``(B, V)``. bias: ``(V,)`` or None. recent: ``(B, R)`` token ids, each counted once.
+        penalty: > 1 makes repetition rarer (CTRL, https://arxiv.org/abs/1909.05858, section 4.1).
+    Returns:
+        ``(B, V)`` float32.
+    """
+    z = logits.astype(mx.float32)
+    if bias is not None:
+        z = z + bias
+    if penalty == 1.0:
+        return z
+    chosen = mx.take_along_axis(z, recent, axis=1)  # (B, R)
+    penalised = mx.where(chosen > 0, chosen / penalty, chosen * penalty)
+    return mx.put_along_axis(
+        z, recent, penalised, axis=1
+    )  # a token that stands twice gets the same value twice
+
+
+def sampling_weights(logits: mx.array, sampling: Sampling) -> mx.array:
+    """Unnormalised probabilities of the next token, zero for the tokens left out.
+
+    Args:
+        logits: ``(B, V)``, any dtype.
+    Returns:
+        ``(B, V)`` float32; the largest weight of each row is 1. Ties at a threshold are all kept.
+    """
+    z = logits.astype(mx.float32) * (1.0 / sampling.temperature)
+    weights = mx.exp(z - mx.max(z, axis=-1, keepdims=True))  # (B, V)
+    if 0 < sampling.top_k < weights.shape[-1]:
+        kth = mx.min(mx.topk(weights, sampling.top_k, axis=-1), axis=-1, keepdims=True)
+        weights = mx.where(weights < kth, 0.0, weights)
+    if sampling.top_p < 1:
+        ascending = mx.sort(weights, axis=-1)
+        mass_above = mx.cumsum(ascending, axis=-1, reverse=True, inclusive=False)
+        total = mass_above[..., :1] + ascending[..., :1]
+        dropped = mx.sum(mass_above >= sampling.top_p * total, axis=-1, keepdims=True)
+        smallest_kept = mx.take_along_axis(ascending, dropped, axis=-1)
+        weights = mx.where(weights < smallest_kept, 0.0, weights)
+    if sampling.min_p > 0:
+        weights = mx.where(weights < sampling.min_p, 0.0, weights)
+    return weights
+
+
+def draw(weights: mx.array, uniforms: mx.array) -> tuple[mx.array, mx.array]:
+    """Inverse-transform sampling: the first token whose cumulative weight exceeds ``u`` times the total.
+
+    Args:
+        weights: ``(B, V)`` unnormalised probabilities; uniforms: ``(B,)`` in [0, 1 - 2⁻²³], so that the
+            product stays below the total in float32 and a token of weight 0 is never drawn.
+    Returns:
+        tokens ``(B,)`` int32 and their logprobs ``(B,)`` float32.
+    """
+    cumulative = mx.cumsum(weights, axis=-1)
+    total = cumulative[:, -1:]
+    tokens = mx.sum(cumulative <= uniforms[:, None] * total, axis=-1).astype(mx.int32)
+    chosen = mx.take_along_axis(weights, tokens[:, None], axis=-1)
+    return tokens, mx.log(chosen / total)[:, 0]
+
+
+def uniforms_for(seed: int, step: int, prompt: int, member: int, count: int) -> np.ndarray:
+    """The random numbers of one completion, ``(count,)`` float32 multiples of 2⁻²³ in [0, 1).
+
+    Made on the host, so that every backend samples with the same ones.
+    """
+    generator = np.random.default_rng([seed, step, prompt, member])
+    return (generator.integers(0, 1 << 23, size=count) / float(1 << 23)).astype(np.float32)

@@ -1,0 +1,138 @@
+"""A row and a config together: what nobody set is filled in, and contradictions are refused with a reason."""
+
+from __future__ import annotations
+
+from config.errors import InvalidConfigurationError
+from config.ppo_config import PPOConfig
+from ppo_trainer.algorithms import Algorithm
+
+#: Placements of the KL whose expected gradient is the reverse KL's, or that a paper's own name asks for.
+RIGHT_IN_REWARD = ("k1",)
+RIGHT_IN_LOSS = ("k2", "mse", "k3", "k3_plain", "full")
+ON_POLICY_ONLY = ("k2", "mse")
+
+
+def resolve_config(config: PPOConfig, algorithm: Algorithm) -> PPOConfig:
+    """The config with the row's columns filled in, checked against what the row needs.
+
+    Raises:
+        InvalidConfigurationError: one sentence, before any weight is loaded.
+    """
+    # A column that was set to None on purpose means the same as one that was not set.
+    config = config.with_defaults({"algorithm": algorithm.name, **algorithm.defaults})
+    columns = algorithm.columns()
+    if columns["kl_placement"] == "none" and config.was_set("kl_coef") and config.kl_coef > 0:
+        columns["kl_placement"] = (
+            "loss"  # whoever asks a row without a KL for one gets it, with the gradient right
+        )
+    empty = {name: value for name, value in columns.items() if getattr(config, name) is None}
+    config = config.replace(**empty) if empty else config
+    _check_groups(config, algorithm)
+    _check_surrogate(config)
+    _check_kl(config)
+    _check_controller(config)
+    if config.reference_sync_every is not None and (
+        config.reference != "initial" or config.reference_path is not None
+    ):
+        raise InvalidConfigurationError(
+            "reference_sync_every: a base model or a model from elsewhere stays what it is; leave reference and "
+            "reference_path out for a reference that follows the policy"
+        )
+    if config.value_warmup_steps and config.value_network == "shared":
+        raise InvalidConfigurationError(
+            "value_warmup_steps: a head on the policy's trunk cannot learn without the policy; set it to 0, or "
+            'value_network to "separate"'
+        )
+    return config
+
+
+def updates_per_batch(config: PPOConfig, rows: int | None = None) -> int:
+    """Optimiser steps on one batch of rollouts."""
+    rows = rows or config.batch_size * config.group_size
+    return config.num_epochs_per_rollout * -(-rows // min(config.minibatch_size or rows, rows))
+
+
+def kl_is_used(config: PPOConfig) -> bool:
+    """Whether a KL enters what is optimised."""
+    return config.kl_placement != "none" and config.kl_coef > 0 and config.reference != "none"
+
+
+def _check_groups(config: PPOConfig, algorithm: Algorithm) -> None:
+    needs = [algorithm.name] if algorithm.needs_groups else []
+    needs += ["dynamic_sampling"] if config.dynamic_sampling else []
+    if needs and config.group_size < 2:
+        raise InvalidConfigurationError(
+            f"group_size: {needs[0]} compares the completions of one prompt and needs at least 2, "
+            f"found {config.group_size}"
+        )
+
+
+def _check_surrogate(config: PPOConfig) -> None:
+    for name, surrogate in (("dual_clip", "clipped"), ("delta", "clipped"), ("ratio_cap", "cispo")):
+        if getattr(config, name) is not None and config.surrogate != surrogate:
+            raise InvalidConfigurationError(
+                f'{name}: it belongs to the surrogate "{surrogate}", and {config.algorithm} has '
+                f'"{config.surrogate}"; leave it out'
+            )
+    high = config.clip_epsilon if config.clip_epsilon_high is None else config.clip_epsilon_high
+    if config.dual_clip is not None and config.dual_clip <= 1:
+        raise InvalidConfigurationError(f"dual_clip: more than 1 is needed, found {config.dual_clip}")
+    if config.delta is not None and config.delta <= 1 + high:
+        raise InvalidConfigurationError(
+            f"delta: more than 1 + clip_epsilon_high = {1 + high:g} is needed, found {config.delta}"
+        )
+
+
+def _check_kl(config: PPOConfig) -> None:
+    if not kl_is_used(config):
+        return
+    estimator, several = config.kl_estimator, updates_per_batch(config) > 1
+    if config.kl_placement == "loss":
+        if estimator == "k1":
+            raise InvalidConfigurationError(
+                "kl_estimator: k1 in the loss does nothing, since its expected gradient is exactly 0 (the mean of the "
+                'score function); use "k3", or kl_placement = "reward"'
+            )
+        if config.allow_biased_kl:
+            return
+        if estimator in ON_POLICY_ONLY and several:
+            raise InvalidConfigurationError(
+                f"kl_estimator: {estimator} in the loss has the reverse KL's gradient on-policy only, and here "
+                f'{updates_per_batch(config)} updates follow each batch; use "k3", make it one update '
+                "(num_epochs_per_rollout, minibatch_size), or set allow_biased_kl = true"
+            )
+        if estimator not in RIGHT_IN_LOSS:
+            raise InvalidConfigurationError(
+                f"kl_estimator: {estimator} in the loss does not have the reverse KL's gradient; use "
+                f'"k3", or set allow_biased_kl = true'
+            )
+    else:
+        if estimator == "k3_plain":
+            raise InvalidConfigurationError(
+                'kl_estimator: k3_plain is k3 in the loss without the ratio; in the reward use "k1"'
+            )
+        if estimator not in RIGHT_IN_REWARD and not config.allow_biased_kl:
+            raise InvalidConfigurationError(
+                f"kl_estimator: {estimator} in the reward does not have the reverse KL's gradient, only k1 has; use "
+                '"k1", or set allow_biased_kl = true'
+            )
+
+
+def _check_controller(config: PPOConfig) -> None:
+    if config.kl_target is None:
+        return
+    if config.kl_coef == 0:
+        raise InvalidConfigurationError(
+            "kl_target: the controller multiplies kl_coef, and 0 stays 0; set kl_coef to where it should start"
+        )
+    if not kl_is_used(config):
+        raise InvalidConfigurationError(
+            f"kl_target: {config.algorithm} has no KL to steer here; set kl_placement, or leave kl_target out"
+        )
+    completions = config.batch_size * config.group_size
+    if config.kl_horizon <= 0.2 * completions:
+        # One step of the controller could take the coefficient to 0, and from there it never returns.
+        raise InvalidConfigurationError(
+            f"kl_horizon: {config.kl_horizon} is too short for batches of {completions} completions; "
+            f"more than {0.2 * completions:g} is needed"
+        )

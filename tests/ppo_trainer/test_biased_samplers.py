@@ -1,0 +1,70 @@
+"""Rollouts from another distribution than the policy's: the right optimum is reached only with the correction.
+
+Both bandits have an optimum that can be written down (see test_bandit.py), and both are run with and without
+weights, everything else equal.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tabular import Bandit
+
+
+def unseen_tail() -> Bandit:
+    """Two rare actions that top-p 0.8 never samples, each worth what the others earn on average at the optimum.
+
+    What is never sampled cannot teach, with or without weights; this is the tail for which that does no harm.
+    """
+    reference, scores = [1.7, -0.1, -0.3, -0.6, -0.6], np.array([0.25, 1.75, 1.25, 0.0, 0.0])
+    for _ in range(200):
+        optimum = Bandit(reference, scores.tolist()).optimum(1.0)
+        scores[3:] = optimum[:3] @ scores[:3] / optimum[:3].sum()
+    return Bandit(reference, scores.tolist())
+
+
+def test_top_p_needs_its_weights(tmp_path: Path) -> None:
+    """Kept tokens are sampled 1 / mass too often, so scores count too much beside a KL that is not sampled."""
+    bandit = unseen_tail()
+    best = bandit.optimum(1.0)
+    first = np.exp(bandit.reference) / np.exp(bandit.reference).sum()
+    for policy in (first, best):  # on the whole way the first three are the nucleus
+        assert policy[:3].min() > policy[3:].max()
+        assert np.sort(policy)[::-1][:2].sum() < 0.8 < policy[:3].sum()
+    options = {"top_p": 0.8, "kl_coef": 1.0, "kl_estimator": "full", "steps": 200, "group_size": 512}
+    corrected = bandit.learn(tmp_path, "dr_grpo", importance_correction="token_truncate", **options)
+    uncorrected = bandit.learn(tmp_path, "dr_grpo", allow_truncated_sampling=True, **options)
+    np.testing.assert_allclose(bandit.probabilities(corrected), best, atol=0.02)
+    assert np.abs(bandit.probabilities(uncorrected) - best).max() > 0.045
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("reinforce_pp", {"whiten_advantages": False}),  # no baseline; the KL in the reward
+        ("dr_grpo", {}),  # a baseline; an estimated KL in the loss
+    ],
+)
+def test_a_quantised_copy_needs_its_weights(
+    tmp_path: Path, algorithm: str, options: dict[str, object]
+) -> None:
+    bandit = Bandit([0.0, 0.5, -0.5, 1.0], [2.0, 1.0, 1.6, 1.2])
+    shared = {
+        "kl_coef": 0.5,
+        "quantize_for_rollouts": True,
+        "importance_cap": 20.0,
+        "elsewhere": 3.0,  # what else is in a quantisation group makes the steps of 4 bits coarse
+        "steps": 200,
+        "group_size": 512,
+        **options,
+    }
+    corrected = bandit.learn(tmp_path, algorithm, importance_correction="token_truncate", **shared)
+    uncorrected = bandit.learn(
+        tmp_path, algorithm, importance_correction="none", allow_truncated_sampling=True, **shared
+    )
+    best = bandit.optimum(0.5)
+    np.testing.assert_allclose(bandit.probabilities(corrected), best, atol=0.03)
+    assert np.abs(bandit.probabilities(uncorrected) - best).max() > 0.06
