@@ -62,13 +62,16 @@ def score_metrics(rewards: RewardSet, scored: ScoredBatch) -> dict[str, float]:
 
 
 def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths in tokens, and the share of completions that were cut off."""
+    """Lengths in tokens, of all and of those that ended by themselves, and the share that was cut off."""
     lengths = [len(r.completion_ids) for r in rollouts]
+    ended = [len(r.completion_ids) for r in rollouts if r.terminated]
+    of_ended = {"completions/mean_terminated_length": float(np.mean(ended))} if ended else {}
     return {
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": float(np.mean([not r.terminated for r in rollouts])),
+        **of_ended,
     }
 
 

@@ -217,7 +217,7 @@ class ExperienceMaker:
         if kl is not None and self.config.kl_placement == "reward":
             values["objective/rlhf_reward"] = masked_sum(rewards, mask) / rows
             values["objective/non_score_reward"] = values["objective/rlhf_reward"] - mean_score
-        if self.algorithm.needs_groups:
+        if self.config.group_size > 1:
             values["frac_reward_zero_std"] = group_statistics(scores, group_ids).frac_zero_std
         if experience.values is not None and experience.returns is not None:
             values["explained_variance"] = explained_variance(experience.values, experience.returns, mask)

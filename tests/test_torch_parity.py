@@ -1,4 +1,4 @@
-"""The same weights in PyTorch: run where torch is installed, with ``python -m pytest -m torch``."""
+"""The same weights in PyTorch: the logprobs of a model that transformers saved. ``./run test-torch``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ PROMPTS = [[10, 20, 30], [7], [99, 98, 97, 96, 95]]
 COMPLETIONS = [[40, 50, 258], [1, 2, 3, 4, 5, 6], [200]]
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Any, Path]:
-    """A random Qwen3 of transformers, and the folder it was saved to."""
+def random_qwen3(folder: Path, tied: bool) -> Any:
+    """A small Qwen3 of transformers, saved to ``folder`` with a tokenizer."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokenizer = byte_tokenizer()
@@ -37,14 +36,20 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Any, Path]:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        tie_word_embeddings=request.param,
+        tie_word_embeddings=tied,
         initializer_range=0.2,  # large, so that the distributions are far from uniform
         eos_token_id=tokenizer.eos_token_id,
     )
     model = transformers.Qwen3ForCausalLM(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return model, tmp_path
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Any, Path]:
+    """The model, and the folder it was saved to."""
+    return random_qwen3(tmp_path, request.param), tmp_path
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

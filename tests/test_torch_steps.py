@@ -33,10 +33,10 @@ from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import FixedKLController
 from rewards.composition import RewardSet, ScoredBatch
 from tests.test_torch_losses import KL, SURROGATES, cispo, gspo, ppo, reduced
+from tests.test_torch_parity import random_qwen3
 from token_attribution.extractor import extract
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
 ATOL = 1e-4
@@ -46,28 +46,6 @@ PROMPTS = [[10, 20, 30], [10, 20, 30], [99, 98], [10, 20, 30], [99, 98], [99, 98
 COMPLETIONS = [[40, 50, 258], [1, 2, 3, 4, 5, 6], [258], [61, 258], [77, 78, 79, 258], [200, 201, 258]]
 SCORES = np.array([1.0, -0.5, 0.3, 0.0, 2.0, -1.0], dtype=np.float32)
 GROUPS = [0, 0, 1, 0, 1, 1]
-
-
-def random_qwen3(folder: Path, tied: bool) -> Any:
-    """A small Qwen3 in float64, saved to ``folder`` in float32 with its tokenizer."""
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
-        initializer_range=0.15,  # large, so that the distributions are far from uniform
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = transformers.Qwen3ForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model.double()
 
 
 def perturbed(model: Any, folder: Path) -> Any:
@@ -116,8 +94,8 @@ class Critic(torch.nn.Module):
         return values
 
 
-def adamw(module: Any) -> Any:
-    return torch.optim.AdamW(module.parameters(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+def adamw(module: Any, rate: float = RATE) -> Any:
+    return torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
 def torch_step(module: Any, optimizer: Any, loss: Any) -> tuple[float, float]:
@@ -262,7 +240,7 @@ ROWS: dict[str, tuple[dict[str, Any], Any, str, float, float]] = {
 def test_critic_free_steps(name: str, steps: int, temperature: float, tmp_path: Path) -> None:
     options, surrogate, reduction, beta, entropy_coef = ROWS[name]
     algorithm = name.partition("-")[0]
-    theirs = random_qwen3(tmp_path / "model", tied=temperature == 1.0)
+    theirs = random_qwen3(tmp_path / "model", tied=temperature == 1.0).double()
     ref = perturbed(theirs, tmp_path / "reference")
     policy, config = build(
         tmp_path / "model",
@@ -308,7 +286,7 @@ def test_critic_free_steps(name: str, steps: int, temperature: float, tmp_path: 
 def test_ppo_steps_with_a_separate_critic(tied: bool, temperature: float, tmp_path: Path) -> None:
     """KL in the reward, GAE, whitening, then two epochs of policy and critic."""
     beta, gamma, lam = 0.1, 0.98, 0.9
-    theirs = random_qwen3(tmp_path / "model", tied)
+    theirs = random_qwen3(tmp_path / "model", tied).double()
     ref = perturbed(theirs, tmp_path / "reference")
     policy, config = build(
         tmp_path / "model",
@@ -320,7 +298,7 @@ def test_ppo_steps_with_a_separate_critic(tied: bool, temperature: float, tmp_pa
         gamma=gamma,
         lam=lam,
         missing_end_penalty=0.7,
-        value_learning_rate=RATE,
+        value_learning_rate=2 * RATE,
         clip_range_value=0.01,
     )
     head = np.random.default_rng(2).normal(0, 0.3, size=32).astype(np.float32)
@@ -347,7 +325,7 @@ def test_ppo_steps_with_a_separate_critic(tied: bool, temperature: float, tmp_pa
     every = torch.cat(raw)
     advantages = [(a - every.mean()) / torch.sqrt(every.var() + 1e-8) for a in raw]
 
-    optimizer, value_optimizer = adamw(theirs), adamw(critic)
+    optimizer, value_optimizer = adamw(theirs), adamw(critic, 2 * RATE)
     expected, expected_value = [], []
     for _ in range(2):
         logprobs = logprobs_of(theirs, temperature)[0]

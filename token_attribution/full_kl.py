@@ -84,7 +84,8 @@ def full_kl_from_states(
         head_module: the module that owns all the weights of ``head`` (``Trunk.head_module``). With it, the
             logits are recomputed in the backward. Without it they are kept, because a recomputation reaches
             only weights that it is told of: right for the identity, wasteful for anything else.
-        chunk_elements: how many logits of each model to hold at once, at least those of one token.
+        chunk_elements: how many logits of each model to hold at once, at least those of one token. Half as
+            many are slower with a vocabulary of 152k, twice as many slower with one of 32k (measured on a CPU).
 
     Returns:
         (B, T) float32.
@@ -99,7 +100,7 @@ def full_kl_from_states(
     if positions.size == 0:
         return mx.zeros(mask.shape)
     rows = states.reshape(-1, states.shape[-1])[positions]  # (N, D)
-    ref_rows = mx.stop_gradient(ref_states.reshape(-1, ref_states.shape[-1])[positions])
+    ref_rows = ref_states.reshape(-1, ref_states.shape[-1])[positions]
     step = max(1, chunk_elements // head(rows[:1]).shape[-1])  # only the shape: nothing is computed
     chunks = [slice(start, start + step) for start in range(0, rows.shape[0], step)]
 

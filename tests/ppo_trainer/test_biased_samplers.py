@@ -7,10 +7,12 @@ weights, everything else equal.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ppo_trainer.objective import PolicyObjective
 from tests.tabular import Bandit
 
 
@@ -34,11 +36,20 @@ def test_top_p_needs_its_weights(tmp_path: Path) -> None:
     for policy in (first, best):  # on the whole way the first three are the nucleus
         assert policy[:3].min() > policy[3:].max()
         assert np.sort(policy)[::-1][:2].sum() < 0.8 < policy[:3].sum()
-    options = {"top_p": 0.8, "kl_coef": 1.0, "kl_estimator": "full", "steps": 200, "group_size": 512}
+    options = {"top_p": 0.8, "kl_coef": 1.0, "kl_estimator": "full"}
     corrected = bandit.learn(tmp_path, "dr_grpo", importance_correction="token_truncate", **options)
     uncorrected = bandit.learn(tmp_path, "dr_grpo", allow_truncated_sampling=True, **options)
     np.testing.assert_allclose(bandit.probabilities(corrected), best, atol=0.02)
     assert np.abs(bandit.probabilities(uncorrected) - best).max() > 0.045
+
+
+QUANTISED = Bandit([0.0, 0.5, -0.5, 1.0], [2.0, 1.0, 1.6, 1.2])
+FOUR_BITS = {
+    "kl_coef": 0.5,
+    "quantize_for_rollouts": True,
+    "importance_cap": 20.0,
+    "elsewhere": 6.0,  # what else is in a quantisation group makes the steps of 4 bits coarse
+}
 
 
 @pytest.mark.parametrize(
@@ -48,23 +59,25 @@ def test_top_p_needs_its_weights(tmp_path: Path) -> None:
         ("dr_grpo", {}),  # a baseline; an estimated KL in the loss
     ],
 )
-def test_a_quantised_copy_needs_its_weights(
-    tmp_path: Path, algorithm: str, options: dict[str, object]
-) -> None:
-    bandit = Bandit([0.0, 0.5, -0.5, 1.0], [2.0, 1.0, 1.6, 1.2])
-    shared = {
-        "kl_coef": 0.5,
-        "quantize_for_rollouts": True,
-        "importance_cap": 20.0,
-        "elsewhere": 3.0,  # what else is in a quantisation group makes the steps of 4 bits coarse
-        "steps": 200,
-        "group_size": 512,
-        **options,
-    }
-    corrected = bandit.learn(tmp_path, algorithm, importance_correction="token_truncate", **shared)
-    uncorrected = bandit.learn(
-        tmp_path, algorithm, importance_correction="none", allow_truncated_sampling=True, **shared
+def test_a_quantised_copy_needs_its_weights(tmp_path: Path, algorithm: str, options: dict[str, Any]) -> None:
+    options = {**FOUR_BITS, **options}
+    best = QUANTISED.optimum(0.5)
+    corrected = QUANTISED.learn(tmp_path, algorithm, importance_correction="token_truncate", **options)
+    np.testing.assert_allclose(QUANTISED.probabilities(corrected), best, atol=0.02)
+    uncorrected = QUANTISED.learn(
+        tmp_path, algorithm, importance_correction="none", allow_truncated_sampling=True, **options
     )
-    best = bandit.optimum(0.5)
-    np.testing.assert_allclose(bandit.probabilities(corrected), best, atol=0.03)
-    assert np.abs(bandit.probabilities(uncorrected) - best).max() > 0.06
+    assert np.abs(QUANTISED.probabilities(uncorrected) - best).max() > 0.06
+
+
+def test_an_estimated_kl_needs_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mean is over sampled tokens like that of the rest: without its weight it is not the policy's KL."""
+    whole = PolicyObjective._kl
+
+    def as_if_it_were_exact(self: PolicyObjective, *arguments: Any) -> Any:
+        return whole(self, *arguments)[0], False
+
+    monkeypatch.setattr(PolicyObjective, "_kl", as_if_it_were_exact)
+    trainer = QUANTISED.learn(tmp_path, "dr_grpo", importance_correction="token_truncate", **FOUR_BITS)
+    # 0.027 where the whole loss weighted, as above, ends 0.007 away.
+    assert np.abs(QUANTISED.probabilities(trainer) - QUANTISED.optimum(0.5)).max() > 0.02

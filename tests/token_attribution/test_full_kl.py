@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -83,8 +83,14 @@ def test_logits_in_sixteen_bits_are_summed_in_thirty_two() -> None:
     exact = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (z, z_ref))
     assert ours.dtype == mx.float32
     np.testing.assert_allclose(np.array(ours), kl_by_hand(*exact, 1.0), rtol=1e-5)
-    gradient = mx.grad(lambda x: mx.sum(full_kl_from_states(x, same, z_ref, same, mask)))(z)
-    assert gradient.dtype == mx.bfloat16
+    head = nn.Linear(50, 50)
+    head.set_dtype(mx.bfloat16)
+    for module in (None, head):
+        _, gradient = nn.value_and_grad(
+            head,
+            lambda module=module: mx.sum(full_kl_from_states(z, head, z_ref, same, mask, head_module=module)),
+        )()
+        assert gradient["weight"].dtype == gradient["bias"].dtype == mx.bfloat16
 
 
 def test_a_token_that_the_policy_cannot_produce_adds_nothing_and_learns_nothing() -> None:
@@ -117,8 +123,10 @@ def tied(architecture: Callable[[str], nn.Module]) -> tuple[nn.Module, Trunk | N
 
 
 def adapted(layer: nn.Module) -> LoRALinear:
-    lora = LoRALinear.from_base(layer, r=2)
-    lora.lora_b = mx.random.normal(lora.lora_b.shape, key=mx.random.key(3))
+    lora = LoRALinear.from_base(layer, r=2, scale=1.0)
+    lora.lora_a, lora.lora_b = (
+        0.3 * mx.random.normal(x.shape, key=mx.random.key(x.shape[0])) for x in (lora.lora_a, lora.lora_b)
+    )
     return lora
 
 
@@ -210,9 +218,9 @@ def test_chunked_and_recomputed_or_not_they_are_the_sum_over_everything(
     ]
     for ours, slope in done:
         np.testing.assert_allclose(ours, value, atol=1e-5)
-        np.testing.assert_allclose(ours, done[0][0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(ours, done[0][0], rtol=1e-6, atol=5e-6)
         check_same(slope, gradient, 1e-5)
-        check_same(slope, done[0][1], 1e-6)
+        check_same(slope, done[0][1], 5e-6)
 
 
 def test_a_tied_embedding_learns_as_head_and_as_input(architecture: Callable[[str], nn.Module]) -> None:
@@ -255,6 +263,23 @@ def test_a_policy_that_is_its_reference_has_no_kl_and_no_gradient_at_all(
         )
         assert not value.any()
         assert not any(g.any() for g in gradient.values())
+
+
+def test_a_frozen_quantised_head_lets_the_states_learn() -> None:
+    """Its packed weights are integers, which nothing can be differentiated by."""
+    head = nn.QuantizedLinear.from_linear(nn.Linear(32, 10), group_size=32)
+    states, z_ref, mask = mx.array(draw(2, 4, 32)), mx.array(draw(2, 4, 10, seed=1)), mx.array(SMALL_MASK)
+
+    def slope(module: nn.Module | None) -> np.ndarray:
+        def loss(x: mx.array) -> mx.array:
+            return mx.sum(
+                full_kl_from_states(x, head, z_ref, same, mask, head_module=module, chunk_elements=30)
+            )
+
+        return np.array(mx.grad(loss)(states))
+
+    assert slope(None).any()
+    np.testing.assert_allclose(slope(head), slope(None), atol=1e-6)
 
 
 def test_the_reference_receives_no_gradient(architecture: Callable[[str], nn.Module]) -> None:
@@ -349,42 +374,29 @@ class Watched(nn.Linear):
         return super().__call__(x)
 
 
-@pytest.fixture
-def watched() -> Iterator[tuple[Watched, Callable[[nn.Module | None, int], None]]]:
+def test_the_head_sees_no_more_rows_than_the_chunk_has_room_for() -> None:
+    """The first call, of one row, asks for the shape. 7 rows of 10 logits, and with recomputation twice."""
     head, reference = Watched(), nn.Linear(3, 10)
     states, mask = mx.array(draw(1, 8, 3)), mx.array([[True] * 7 + [False]])
 
-    def run(head_module: nn.Module | None, chunk_elements: int) -> None:
-        head._rows.clear()
-        nn.value_and_grad(
-            head,
-            lambda: mx.sum(
+    def rows_seen(head_module: nn.Module | None, chunk_elements: int) -> list[int]:
+        def loss() -> mx.array:
+            return mx.sum(
                 full_kl_from_states(
-                    states,
-                    head,
-                    states,
-                    reference,
-                    mask,
+                    *(states, head, states, reference, mask),
                     head_module=head_module,
                     chunk_elements=chunk_elements,
                 )
-            ),
-        )()
+            )
 
-    yield head, run
+        head._rows.clear()
+        nn.value_and_grad(head, loss)()
+        return list(head._rows)
 
-
-def test_the_head_sees_no_more_rows_than_the_chunk_has_room_for(watched: Any) -> None:
-    """The first call, of one row, asks for the shape. 7 rows of 10 logits, and with recomputation twice."""
-    head, run = watched
-    run(head, 39)
-    assert head._rows == [1, 3, 3, 1, 3, 3, 1]
-    run(None, 39)
-    assert head._rows == [1, 3, 3, 1]
-    run(None, 5)  # less than one row: one row
-    assert head._rows == [1] * 8
-    run(None, 70)
-    assert head._rows == [1, 7]
+    assert rows_seen(head, 39) == [1, 3, 3, 1, 3, 3, 1]
+    assert rows_seen(None, 39) == [1, 3, 3, 1]
+    assert rows_seen(None, 5) == [1] * 8  # less than one row is one row
+    assert rows_seen(None, 70) == [1, 7]
 
 
 def test_the_head_has_its_own_arrays_again_afterwards(architecture: Callable[[str], nn.Module]) -> None:
