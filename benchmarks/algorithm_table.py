@@ -7,9 +7,10 @@ Tasks. ``digits``: the demo's SFT model counts in even numbers against the true 
 sequential_digits.py``); judged on held-out prompts. ``vowels``: a model with random weights is to write vowels, the
 README's reward; judged on a prompt set of its own. Both are sampled at the training temperature.
 
-Every row gets the same prompts, completions per step, steps and learning rate, and otherwise its own settings. Rows
-with a clip make four updates per batch, rows without one make one, as their papers assume. Each run is a process
-of its own, so seconds are those of one core while ``--jobs`` of them run.
+Every row gets the same prompts, completions, optimiser steps and learning rate, and otherwise its own settings. Rows
+that bound the ratio make four updates per batch; rows that assume one update per batch get batches of a quarter of
+the size, so that both make as many. Each run is a process of its own, so seconds are those of one core while
+``--jobs`` of them run.
 """
 
 from __future__ import annotations
@@ -60,13 +61,18 @@ def settings(task: str, algorithm: str, seed: int, folder: str) -> Any:
         verbose=False,
         log_samples_every=0,
     )
-    if row.surrogate != "unclipped" and row.name != "reinforce_pp_baseline":
+    if row.surrogate == "unclipped" or row.kl_estimator == "k2":
+        config = config.replace(batch_size=prompts // 4)
+    else:
         config = config.replace(minibatch_size=prompts * group // 4)
     if row.needs_critic:
         config = config.replace(gamma=1.0, value_learning_rate=3 * LEARNING_RATE[task], value_warmup_steps=3)
     if row.kl_placement != "none":
         # What the paper's large models need would hold these small ones back: both tasks are far from the start.
         config = config.replace(kl_coef=0.005)
+    if task == "vowels":
+        # The best answer is as long as it may be, so a penalty for that would be another task.
+        config = config.replace(overlong_buffer=0.0)
     return config
 
 

@@ -105,7 +105,8 @@ def full_kl_from_states(
     chunks = [slice(start, start + step) for start in range(0, rows.shape[0], step)]
 
     def kl_of(rows: mx.array, chunk: slice) -> mx.array:  # (n, D) -> (n,)
-        return _kl(head(rows), mx.stop_gradient(ref_head(ref_rows[chunk])), temperature)
+        theirs = _after([rows], ref_rows[chunk])  # the reference waits for its chunk too
+        return _kl(head(rows), mx.stop_gradient(ref_head(theirs)), temperature)
 
     chunked = _kept if head_module is None else _recomputed(head_module)
     return back_in_place(chunked(kl_of, rows, chunks), positions, mask.shape)
