@@ -105,9 +105,9 @@ class Bandit:
         return weights / weights.sum()
 
     def learn(
-        self, folder: Path, algorithm: str, steps: int = 120, elsewhere: float = 0.0, **options: Any
+        self, folder: Path, algorithm: str, steps: int = 70, elsewhere: float = 0.0, **options: Any
     ) -> PPOTrainer:
-        """The trainer after ``steps`` batches of 256 answers."""
+        """The trainer after ``steps`` batches of 128 answers."""
         config = PPOConfig(
             algorithm=algorithm,
             model_name="embedded",
@@ -118,8 +118,8 @@ class Bandit:
             **{
                 "max_new_tokens": 1,
                 "batch_size": 1,
-                "group_size": 256,
-                "learning_rate": 0.1,
+                "group_size": 128,
+                "learning_rate": 0.2,
                 "lr_schedule": "linear",
                 "gamma": 1.0,
                 "num_epochs_per_rollout": 1,

@@ -48,6 +48,9 @@ FOUR_BITS = {
     "kl_coef": 0.5,
     "quantize_for_rollouts": True,
     "importance_cap": 20.0,
+    "steps": 120,
+    "group_size": 256,
+    "learning_rate": 0.1,
     "elsewhere": 6.0,  # what else is in a quantisation group makes the steps of 4 bits coarse
 }
 
