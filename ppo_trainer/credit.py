@@ -27,9 +27,7 @@ class Scored(NamedTuple):
     values: mx.array | None  # (B, T) float32, with a critic
     mask: mx.array  # (B, T) bool
     group_ids: mx.array  # (B,) int32, equal for completions of one prompt
-    components: mx.array | None = (
-        None  # (B, K) float32, each reward and the shaping alone; NaN: not applicable
-    )
+    components: mx.array | None = None  # (B, K) float32, each reward alone, and what was added to their sum
     weights: mx.array | None = None  # (K,) float32, theirs in the score
     greedy_scores: mx.array | None = None  # (B,) float32, of the likeliest answer to the row's prompt
 

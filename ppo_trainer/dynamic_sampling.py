@@ -86,7 +86,7 @@ def _is_live(scored: ScoredBatch, rows: range, component: str | None) -> bool:
 def _again_and_again(reserve: Sequence[Prompt], used: set[int]) -> Iterator[Prompt]:
     """The reserve without what this step has used already, then all of it, for ever."""
     yield from (prompt for prompt in reserve if prompt.index not in used)
-    while True:
+    while reserve:
         yield from reserve
 
 
@@ -97,8 +97,8 @@ def _take(further: Iterator[Prompt], count: int, taken: set[int], most: int) -> 
     for _ in range(16 * (count + len(taken) + most)):
         if len(found) == count:
             break
-        prompt = next(further)
-        if prompt.index not in taken:
+        prompt = next(further, None)
+        if prompt is not None and prompt.index not in taken:
             found.setdefault(prompt.index, prompt)
     return list(found.values())
 

@@ -82,7 +82,7 @@ class ExperienceMaker:
             rewards = whiten_rewards(rewards, batch.mask)
 
         group_ids = mx.array([r.prompt.index for r in rollouts])
-        components, weights = self._components(scored, scores)
+        components, weights = self._components(scored, rewards, batch.mask)
         greedy = mx.array(greedy_scores) if greedy_scores is not None else None
         what_counts = Scored(scores, rewards, values, batch.mask, group_ids, components, weights, greedy)
         advantages, returns = assign_credit(self.algorithm.credit, what_counts, self.config)
@@ -170,11 +170,13 @@ class ExperienceMaker:
         assert estimator != "k3_plain"
         return kl_per_token(trainer.logprobs, ref, estimator, batch.mask)
 
-    def _components(self, scored: ScoredBatch, scores: mx.array) -> tuple[mx.array, mx.array]:
-        """Each reward alone ``(B, K + 1)``, and last what shaping has changed about their sum; weights."""
+    def _components(
+        self, scored: ScoredBatch, rewards: mx.array, mask: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Each reward alone ``(B, K + 1)``, and last what shaping and KL have added to their sum; weights."""
         columns = [mx.array(scored.components[name]) for name in self.rewards.names]
-        shaping = scores - mx.array(scored.total)
-        return mx.stack([*columns, shaping], axis=1), mx.array([*self.rewards.weights, 1.0])
+        added = masked_sum(rewards, mask, axis=1) - mx.array(scored.total)  # NaN where no reward applies
+        return mx.stack([*columns, added], axis=1), mx.array([*self.rewards.weights, 1.0])
 
     def _at_forks(self, advantages: mx.array, entropy: mx.array, mask: mx.array) -> mx.array:
         """Advantages at the tokens of highest entropy, 0 elsewhere: the forks of a chain of thought.

@@ -109,16 +109,20 @@ class PolicyObjective:
         if keep is not None:
             per_token = per_token * keep
         kl, sampled = self._kl(part, logprobs, old, states)
-        weights = importance_weights(
-            old, part.sampler_logprobs, mask, self._correction, config.importance_cap, config.importance_floor
-        )
         beta = self.kl_controller.value
         # The sampler's tokens stand for the policy's only with their weight, in an estimated KL as in the rest; a
         # sum over the vocabulary was not sampled.
         if kl is not None and sampled:
             per_token = per_token + beta * kl
         if self._correction != "none":
-            per_token = per_token * weights
+            per_token = per_token * importance_weights(
+                old,
+                part.sampler_logprobs,
+                mask,
+                self._correction,
+                config.importance_cap,
+                config.importance_floor,
+            )
         if kl is not None and not sampled:
             per_token = per_token + beta * kl
         loss = objective = aggregate(

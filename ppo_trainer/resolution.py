@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from config.errors import InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from ppo_trainer.algorithms import Algorithm
@@ -18,13 +20,9 @@ def resolve_config(config: PPOConfig, algorithm: Algorithm) -> PPOConfig:
     Raises:
         InvalidConfigurationError: one sentence, before any weight is loaded.
     """
-    # A column that was set to None on purpose means the same as one that was not set.
     config = config.with_defaults({"algorithm": algorithm.name, **algorithm.defaults})
-    columns = algorithm.columns()
-    if columns["kl_placement"] == "none" and config.was_set("kl_coef") and config.kl_coef > 0:
-        columns["kl_placement"] = (
-            "loss"  # whoever asks a row without a KL for one gets it, with the gradient right
-        )
+    # A column that was set to None on purpose means the same as one that was not set.
+    columns = _columns_for(config, algorithm)
     empty = {name: value for name, value in columns.items() if getattr(config, name) is None}
     config = config.replace(**empty) if empty else config
     _check_groups(config, algorithm)
@@ -57,6 +55,21 @@ def kl_is_used(config: PPOConfig) -> bool:
     return config.kl_placement != "none" and config.kl_coef > 0 and config.reference != "none"
 
 
+def _columns_for(config: PPOConfig, algorithm: Algorithm) -> dict[str, Any]:
+    """The row's columns, its KL moved to where the config wants one."""
+    columns, placement = algorithm.columns(), config.kl_placement
+    if placement is None and columns["kl_placement"] == "none" and _asks_for_kl(config):
+        placement = "loss"  # whoever gives a row without a KL a weight for it gets one
+    if placement not in (None, columns["kl_placement"]):
+        columns["kl_placement"] = placement
+        columns["kl_estimator"] = "k1" if placement == "reward" else "k3"  # what is right there
+    return columns
+
+
+def _asks_for_kl(config: PPOConfig) -> bool:
+    return config.was_set("kl_coef") and config.kl_coef > 0
+
+
 def _check_groups(config: PPOConfig, algorithm: Algorithm) -> None:
     needs = [algorithm.name] if algorithm.needs_groups else []
     needs += ["dynamic_sampling"] if config.dynamic_sampling else []
@@ -84,6 +97,11 @@ def _check_surrogate(config: PPOConfig) -> None:
 
 
 def _check_kl(config: PPOConfig) -> None:
+    if config.reference == "none" and _asks_for_kl(config):
+        raise InvalidConfigurationError(
+            f'kl_coef: with reference = "none" there is nothing to measure a KL from, found {config.kl_coef}; set it '
+            "to 0 or leave reference out"
+        )
     if not kl_is_used(config):
         return
     estimator, several = config.kl_estimator, updates_per_batch(config) > 1
