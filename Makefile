@@ -1,3 +1,3 @@
-setup demo test test-slow lint format:
+setup demo test test-slow test-torch mutants lint format:
 	@./run $@
-.PHONY: setup demo test test-slow lint format
+.PHONY: setup demo test test-slow test-torch mutants lint format

@@ -25,7 +25,7 @@ def collect_live_groups(
     A group is judged by what the rewards said, before any penalty for length or a missing end: shaped scores
     differ nearly always, and a group in which everything is wrong would pass and push the policy towards the
     shape alone. Not more than ``dynamic_sampling_max_batches`` batches are sampled; after that fewer groups are
-    returned, and if none is live, the first batch as it was, from which nothing can be learned.
+    returned, and if none is live, the first batch as it was, from which nothing must be learned.
 
     Args:
         prompts: this step's. reserve: where replacements come from, in order; used again from the start if it

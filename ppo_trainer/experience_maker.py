@@ -58,12 +58,14 @@ class ExperienceMaker:
         *,
         single_update: bool,
         greedy_scores: np.ndarray | None = None,
+        teaches: bool = True,
     ) -> tuple[Experience, dict[str, float]]:
         """Experience of one batch, and its metrics.
 
         ``single_update``: one optimiser step follows, at which the policy is still the one that the ratio is
         measured from, so no pass for old logprobs is made unless something else needs it.
         ``greedy_scores`` ``(B,)``: the score of the likeliest answer to each row's prompt.
+        ``teaches=False``: only measure; nothing will be learned from this batch.
         """
         batch = extract(rollouts)
         raw = mx.array(scored.total)  # (B,), NaN where no reward applies
@@ -93,7 +95,7 @@ class ExperienceMaker:
             old = batch.sampler_logprobs
         experience = Experience(
             tokens=batch.tokens,
-            mask=self._learned_from(batch, rollouts),
+            mask=self._learned_from(batch, rollouts) if teaches else mx.zeros_like(batch.mask),
             advantages=advantages,
             sampler_logprobs=batch.sampler_logprobs,
             old_logprobs=old,

@@ -212,7 +212,9 @@ class PPOTrainer:
         """One batch of rollouts, from sampling to the last of its updates."""
         clock = _Clock()
         rollouts, scored, collected = self._collect(prompts, clock)
-        experience, metrics = self.make_experience(rollouts, scored)
+        # A batch of dead groups alone teaches nothing, although penalties may tell its completions apart.
+        teaches = collected.get("dynamic_sampling/live_groups") != 0
+        experience, metrics = self.make_experience(rollouts, scored, teaches=teaches)
         clock.lap("time/score")
         metrics = self.update(experience) | metrics  # KL of the policy that sampled, where both have one
         clock.lap("time/update")
@@ -234,7 +236,7 @@ class PPOTrainer:
         return score_rollouts(self.rewards, rollouts)
 
     def make_experience(
-        self, rollouts: Sequence[Rollout], scored: ScoredBatch | None = None
+        self, rollouts: Sequence[Rollout], scored: ScoredBatch | None = None, *, teaches: bool = True
     ) -> tuple[Experience, dict[str, float]]:
         """Score rollouts, unless they are, and work out advantages; see :class:`ExperienceMaker`."""
         scored = scored or self.score(rollouts)
@@ -244,6 +246,7 @@ class PPOTrainer:
             scored,
             single_update=updates_per_batch(self.config, len(rollouts)) == 1,
             greedy_scores=self._greedy_scores(rollouts) if self.algorithm.needs_greedy else None,
+            teaches=teaches,
         )
 
     def update(self, experience: Experience) -> dict[str, float]:

@@ -1,0 +1,811 @@
+"""Plant the usual mistakes one by one and see that some test notices: the table in docs/correctness.md.
+
+    ./run mutants                      all of them, two at a time
+    ./run mutants --only kl-sign --list --markdown
+
+A mutant is one replacement in one file. For each, the named tests run in a copy of the checkout; it is caught if
+they fail. Exit code 1 if any survives, if its text is no longer there exactly once, or if a test is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TIME_LIMIT = 300  # seconds per mutant; one that hangs is caught as well
+
+
+class Mutant(NamedTuple):
+    """One planted mistake."""
+
+    mistake: int  # its number in MISTAKES
+    name: str
+    file: str
+    old: str  # stands exactly once in the file
+    new: str
+    tests: str  # what should notice: pytest arguments
+
+
+#: The fifteen mistakes that implementations of RLHF make most.
+MISTAKES = {
+    1: "temperature missing in one of the forwards, or truncated sampling taken for the policy's",
+    2: "off by one between logits and labels",
+    3: "end token dropped from, or padding leaked into, masks and denominators",
+    4: "pad = eos, or an end token in the last slot taken for truncation",
+    5: "loss averaged per micro-batch",
+    6: "GAE reads padding; whitening over padding; returns from whitened advantages",
+    7: "score on the wrong token",
+    8: "KL: wrong sign, k1 as a loss, other estimators in the reward, plain k3 taken for reverse KL",
+    9: "clip: min for max, upper epsilon ignored, gradient through the clipped branch",
+    10: "old logprobs recomputed or not detached, so that the ratio is always 1",
+    11: "group statistics: groups mixed, self-inclusive baseline, wrong deviation, None read as 0",
+    12: "sequence ratio as a product instead of a geometric mean, or the other way round",
+    13: "value loss: min for max, clip around the return, missing half, shifted index",
+    14: "optimiser: no bias correction, hidden weight decay, no clip; reference that is the policy",
+    15: "preference losses: sign of the margin, averaged logprobs, no reference, score at padding",
+    16: "rollouts not accounted for: weights inverted, differentiable, missing; dead groups by shaped scores",
+}
+
+LOSS = "tests/training/test_policy_loss.py"
+IDENTITIES = "tests/ppo_trainer/test_identities.py"
+BANDIT = "tests/ppo_trainer/test_bandit.py"
+SAMPLERS = "tests/ppo_trainer/test_biased_samplers.py"
+TRAINING = "tests/test_training.py"
+LOGPROBS = "tests/token_attribution/test_logprob_math.py tests/token_attribution/test_token_logprobs.py"
+OPTIMISER = "tests/training/test_model_trainer.py"
+DECODING = "tests/models/test_decoding.py"
+KL = "tests/reward_kl/test_kl_estimators.py tests/reward_kl/test_kl_gradients.py"
+GROUPS = "tests/advantage/test_group_relative.py"
+SUMS = "tests/advantage/test_discounted_sums.py"
+VALUES = "tests/training/test_value_loss.py"
+PREFERENCES = "tests/training/test_preference_loss.py"
+CORRECTION = "tests/training/test_importance_correction.py"
+COMPONENTS = "tests/test_ppo_components.py"
+
+MUTANTS = (
+    # 1
+    Mutant(
+        1,
+        "temperature-update",
+        "ppo_trainer/objective.py",
+        "temperature, with_gradient = self.config.temperature, self.config.entropy_coef != 0",
+        "temperature, with_gradient = 1.0, self.config.entropy_coef != 0",
+        f"{TRAINING} -k exact_and_afterwards",
+    ),
+    Mutant(
+        1,
+        "temperature-old",
+        "ppo_trainer/experience_maker.py",
+        "logprobs = self.policy.logprobs(tokens, mask, self.config.temperature)",
+        "logprobs = self.policy.logprobs(tokens, mask)",
+        f"{TRAINING} -k exact_and_afterwards",
+    ),
+    Mutant(
+        1,
+        "temperature-reference",
+        "ppo_trainer/experience_maker.py",
+        "return self.reference.logprobs(tokens, mask, self.config.temperature)",
+        "return self.reference.logprobs(tokens, mask)",
+        f"{TRAINING} -k exact_and_afterwards",
+    ),
+    Mutant(
+        1,
+        "temperature-sampling",
+        "models/sampling.py",
+        "z = logits.astype(mx.float32) * (1.0 / sampling.temperature)",
+        "z = logits.astype(mx.float32)",
+        f"{DECODING} {TRAINING} -k exact_and_afterwards",
+    ),
+    Mutant(
+        1,
+        "temperature-multiplied",
+        "token_attribution/logprob_computer.py",
+        "return logits if temperature == 1.0 else logits / temperature",
+        "return logits if temperature == 1.0 else logits * temperature",
+        LOGPROBS,
+    ),
+    Mutant(
+        1,
+        "truncation-unnoticed",
+        "config/ppo_config.py",
+        "if unlike and not corrected and not self.allow_truncated_sampling:",
+        "if False:",
+        f"{COMPONENTS} {TRAINING} -k 'found_before or sampling'",
+    ),
+    # 2
+    Mutant(
+        2,
+        "labels-off-by-one",
+        "token_attribution/logprob_computer.py",
+        "targets = tokens[:, 1:].reshape(-1)[",
+        "targets = tokens[:, :-1].reshape(-1)[",
+        LOGPROBS,
+    ),
+    Mutant(
+        2,
+        "mask-off-by-one",
+        "token_attribution/extractor.py",
+        "mask[row, len(prompt) - 1 : lengths[row] - 1] = True",
+        "mask[row, len(prompt) : lengths[row]] = True",
+        "tests/token_attribution/test_extractor.py",
+    ),
+    Mutant(
+        2,
+        "sampler-off-by-one",
+        "token_attribution/extractor.py",
+        "start = len(rollout.prompt.ids) - 1",
+        "start = len(rollout.prompt.ids)",
+        "tests/token_attribution/test_extractor.py",
+    ),
+    # 3
+    Mutant(
+        3,
+        "end-token-dropped",
+        "token_attribution/extractor.py",
+        "return (mx.cumsum(counts, axis=1) - counts) == 0",
+        "return mx.cumsum(counts, axis=1) == 0",
+        "tests/token_attribution/test_extractor.py",
+    ),
+    Mutant(
+        3,
+        "mean-over-padding",
+        "token_attribution/masking.py",
+        "count = true_count(mask, axis) if denominator is None else denominator",
+        "count = mask.size if denominator is None else denominator",
+        "tests/token_attribution/test_masking.py",
+    ),
+    Mutant(
+        3,
+        "sampled-end-token-lost",
+        "models/decoding.py",
+        "                ids[row].append(token)\n                logprobs[row].append(logprob)\n"
+        "                if token in end_ids:\n                    ended.add(row)",
+        "                if token in end_ids:\n                    ended.add(row)\n                    continue\n"
+        "                ids[row].append(token)\n                logprobs[row].append(logprob)",
+        DECODING,
+    ),
+    # 4
+    Mutant(
+        4,
+        "last-slot-is-truncation",
+        "models/decoding.py",
+        "Completion(ids[row], logprobs[row], row in ended)",
+        "Completion(ids[row], logprobs[row], row in ended and len(ids[row]) < max_new_tokens)",
+        DECODING,
+    ),
+    Mutant(
+        4,
+        "padding-by-token",
+        "token_attribution/extractor.py",
+        "    return mx.array(tokens), mx.array(mask)",
+        "    return mx.array(tokens), mx.array(mask & (tokens[:, 1:] != 0))",
+        "tests/token_attribution/test_extractor.py",
+    ),
+    # 5
+    Mutant(
+        5,
+        "token-mean-per-micro-batch",
+        "ppo_trainer/objective.py",
+        "return max(whole.n_tokens, 1)",
+        "return mx.sum(part.mask)",
+        f"{IDENTITIES} -k one_by_eight",
+    ),
+    Mutant(
+        5,
+        "row-mean-per-micro-batch",
+        "ppo_trainer/objective.py",
+        "rows = max(whole.n_rows, 1)",
+        "rows = part.mask.shape[0]",
+        f"{IDENTITIES} -k one_by_eight",
+    ),
+    Mutant(
+        5,
+        "entropy-per-micro-batch",
+        "ppo_trainer/objective.py",
+        "tokens.entropy, mask, max(whole.n_tokens, 1)",
+        "tokens.entropy, mask, None",
+        f"{IDENTITIES} -k one_by_eight",
+    ),
+    Mutant(
+        5,
+        "gradients-of-the-last-alone",
+        "training/model_trainer.py",
+        "gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)",
+        "gradients = gradient",
+        f"{OPTIMISER} {TRAINING} -k 'micro'",
+    ),
+    # 6
+    Mutant(
+        6,
+        "values-at-padding",
+        "advantage/td_error.py",
+        "rewards, values = zero_masked(rewards, mask), zero_masked(values, mask)",
+        "",
+        SUMS,
+    ),
+    Mutant(
+        6,
+        "holes-end-the-episode",
+        "advantage/discounted_sum.py",
+        "y = _linear_recurrence(mx.where(mask.astype(mx.bool_), discount, 1.0), zero_masked(x, mask))",
+        "y = _linear_recurrence(mx.where(mask.astype(mx.bool_), discount, 0.0), zero_masked(x, mask))",
+        SUMS,
+    ),
+    Mutant(
+        6,
+        "whitening-over-padding",
+        "ppo_trainer/credit.py",
+        "masked_whiten(advantages, batch.mask) if",
+        "masked_whiten(advantages, mx.ones_like(batch.mask)) if",
+        f"{COMPONENTS} {IDENTITIES} -k 'whitened or reinforce_pp'",
+    ),
+    Mutant(
+        6,
+        "returns-from-whitened",
+        "ppo_trainer/credit.py",
+        "    return Credit(masked_whiten(advantages, batch.mask) if config.whiten_advantages else advantages, returns)",
+        "    white = masked_whiten(advantages, batch.mask) if config.whiten_advantages else advantages\n"
+        "    return Credit(white, None if batch.values is None else white + batch.values)",
+        f"{COMPONENTS} -k whitened",
+    ),
+    Mutant(
+        6,
+        "trace-decay-without-discount",
+        "advantage/gae_advantage.py",
+        "td_error(rewards, values, mask, gamma), mask, gamma * lam)",
+        "td_error(rewards, values, mask, gamma), mask, lam)",
+        SUMS,
+    ),
+    # 7
+    Mutant(
+        7,
+        "score-one-early",
+        "reward_kl/reward_computer.py",
+        "is_last = positions == last_true_index(mask)[:, None]",
+        "is_last = positions == last_true_index(mask)[:, None] - 1",
+        "tests/reward_kl/test_reward_computer.py",
+    ),
+    Mutant(
+        7,
+        "score-on-the-last-column",
+        "reward_kl/reward_computer.py",
+        "is_last = positions == last_true_index(mask)[:, None]",
+        "is_last = positions == mx.full((mask.shape[0], 1), mask.shape[1] - 1)",
+        "tests/reward_kl/test_reward_computer.py",
+    ),
+    # 8
+    Mutant(
+        8,
+        "kl-sign",
+        "reward_kl/kl_divergence.py",
+        "log_ratio = logprobs.astype(mx.float32) - mx.stop_gradient(ref_logprobs).astype(mx.float32)  # (B, T)",
+        "log_ratio = mx.stop_gradient(ref_logprobs).astype(mx.float32) - logprobs.astype(mx.float32)  # (B, T)",
+        KL,
+    ),
+    Mutant(
+        8,
+        "kl-rewarded",
+        "reward_kl/reward_computer.py",
+        "return rewards - kl_coef * zero_masked(kl, mask)",
+        "return rewards + kl_coef * zero_masked(kl, mask)",
+        "tests/reward_kl/test_reward_computer.py",
+    ),
+    Mutant(
+        8,
+        "k1-as-a-loss",
+        "ppo_trainer/resolution.py",
+        'if estimator == "k1":',
+        'if estimator == "never":',
+        "tests/ppo_trainer/test_resolution.py",
+    ),
+    Mutant(
+        8,
+        "any-estimator-in-the-reward",
+        "ppo_trainer/resolution.py",
+        "if estimator not in RIGHT_IN_REWARD and not config.allow_biased_kl:",
+        "if False:",
+        "tests/ppo_trainer/test_resolution.py",
+    ),
+    Mutant(
+        8,
+        "k2-off-policy",
+        "ppo_trainer/resolution.py",
+        "if estimator in ON_POLICY_ONLY and several:",
+        "if False:",
+        "tests/ppo_trainer/test_resolution.py",
+    ),
+    Mutant(
+        8,
+        "plain-k3",
+        "ppo_trainer/objective.py",
+        "ratio = importance_ratio(logprobs, old, part.mask)",
+        "ratio = 1.0",
+        f"{BANDIT} {TRAINING} -k 'grpo or reverse_kl'",
+    ),
+    Mutant(
+        8,
+        "ratio-of-k3-detached",
+        "ppo_trainer/objective.py",
+        "ratio = importance_ratio(logprobs, old, part.mask)",
+        "ratio = mx.stop_gradient(importance_ratio(logprobs, old, part.mask))",
+        f"{BANDIT} {TRAINING} -k 'grpo or reverse_kl'",
+    ),
+    Mutant(
+        8,
+        "kl-not-in-the-loss",
+        "ppo_trainer/objective.py",
+        "            per_token = per_token + beta * kl\n        if self._correction",
+        "            per_token = per_token + 0 * kl\n        if self._correction",
+        f"{BANDIT} -k grpo",
+    ),
+    Mutant(
+        8,
+        "full-kl-of-the-reference",
+        "token_attribution/full_kl.py",
+        "        return _kl(head(rows), mx.stop_gradient(ref_head(ref_rows[chunk])), temperature)",
+        "        return _kl(mx.stop_gradient(ref_head(ref_rows[chunk])), head(rows), temperature)",
+        "tests/token_attribution/test_full_kl.py",
+    ),
+    Mutant(
+        8,
+        "kl-coefficient-away-from-target",
+        "reward_kl/kl_divergence.py",
+        "self.value *= 1.0 + error * n_samples / self.horizon",
+        "self.value *= 1.0 - error * n_samples / self.horizon",
+        KL,
+    ),
+    Mutant(
+        8,
+        "kl-unit",
+        "ppo_trainer/ppo_trainer.py",
+        'key = "objective/kl" if self.config.kl_unit == "sequence" else "objective/kl_per_token"',
+        'key = "objective/kl_per_token"',
+        f"{TRAINING} -k whole_sequences",
+    ),
+    # 9
+    Mutant(
+        9,
+        "clip-min-for-max",
+        "training/policy_loss.py",
+        "losses = mx.maximum(clipped, unclipped)",
+        "losses = mx.minimum(clipped, unclipped)",
+        LOSS,
+    ),
+    Mutant(
+        9,
+        "upper-epsilon-ignored",
+        "training/policy_loss.py",
+        "clipped = -mx.clip(r, 1.0 - clip_epsilon, 1.0 + high) * advantages",
+        "clipped = -mx.clip(r, 1.0 - clip_epsilon, 1.0 + clip_epsilon) * advantages",
+        f"{LOSS} {IDENTITIES} -k 'clip'",
+    ),
+    Mutant(
+        9,
+        "upper-epsilon-not-passed",
+        "ppo_trainer/objective.py",
+        '"clip_epsilon_high": config.clip_epsilon_high,',
+        '"clip_epsilon_high": None,',
+        f"{IDENTITIES} -k clips_higher",
+    ),
+    Mutant(
+        9,
+        "gradient-through-the-clip",
+        "training/policy_loss.py",
+        "clipped = -mx.clip(r, 1.0 - clip_epsilon, 1.0 + high) * advantages",
+        "clipped = -(mx.stop_gradient(mx.clip(r, 1.0 - clip_epsilon, 1.0 + high) - r) + r) * advantages",
+        LOSS,
+    ),
+    Mutant(
+        9,
+        "dual-clip-everywhere",
+        "training/policy_loss.py",
+        "losses = mx.where(advantages < 0, mx.minimum(-dual_clip * advantages, losses), losses)",
+        "losses = mx.minimum(-dual_clip * advantages, losses)",
+        LOSS,
+    ),
+    Mutant(
+        9,
+        "cispo-weight-with-gradient",
+        "training/policy_loss.py",
+        "weight = mx.stop_gradient(r if ratio_cap is None else mx.minimum(r, ratio_cap))",
+        "weight = r if ratio_cap is None else mx.minimum(r, ratio_cap)",
+        f"{LOSS} {IDENTITIES} -k cispo",
+    ),
+    # 10
+    Mutant(
+        10,
+        "old-not-detached",
+        "training/policy_loss.py",
+        "    old_logprobs = mx.stop_gradient(old_logprobs)\n",
+        "",
+        LOSS,
+    ),
+    Mutant(
+        10,
+        "old-is-always-new",
+        "ppo_trainer/objective.py",
+        "if first or part.old_logprobs is None:",
+        "if True:",
+        f"{TRAINING} -k 'second_epoch or clip_range'",
+    ),
+    Mutant(
+        10,
+        "advantages-not-detached",
+        "training/policy_loss.py",
+        "    advantages = zero_masked(mx.stop_gradient(_per_token(advantages, mask)), mask)  # (B, T)\n"
+        "    r = importance_ratio(logprobs, old_logprobs, mask, ratio)  # (B, T)\n\n",
+        "    advantages = zero_masked(_per_token(advantages, mask), mask)  # (B, T)\n"
+        "    r = importance_ratio(logprobs, old_logprobs, mask, ratio)  # (B, T)\n\n",
+        LOSS,
+    ),
+    # 11
+    Mutant(
+        11,
+        "groups-mixed",
+        "advantage/group_relative.py",
+        "    same_group = group_ids[:, None] == group_ids[None, :]  # (B, B)",
+        "    same_group = mx.ones((scores.size, scores.size), dtype=mx.bool_)  # (B, B)",
+        GROUPS,
+    ),
+    Mutant(
+        11,
+        "population-deviation",
+        "advantage/group_relative.py",
+        "mx.maximum(size - 1.0, 1.0))  # (B,)",
+        "mx.maximum(size, 1.0))  # (B,)",
+        GROUPS,
+    ),
+    Mutant(
+        11,
+        "self-inclusive-baseline",
+        "advantage/group_relative.py",
+        "return groups.centred * groups.size / mx.maximum(groups.size - 1.0, 1.0)",
+        "return groups.centred",
+        GROUPS,
+    ),
+    Mutant(
+        11,
+        "none-read-as-zero",
+        "ppo_trainer/experience_maker.py",
+        "raw = mx.array(scored.total)  # (B,), NaN where no reward applies",
+        "raw = mx.nan_to_num(mx.array(scored.total))",
+        f"{TRAINING} -k 'no_reward_applies or unscored'",
+    ),
+    Mutant(
+        11,
+        "group-named-by-member",
+        "ppo_trainer/experience_maker.py",
+        "group_ids = mx.array([r.prompt.index for r in rollouts])",
+        "group_ids = mx.array([r.member for r in rollouts])",
+        f"{TRAINING} -k own_group",
+    ),
+    Mutant(
+        11,
+        "truncated-out-of-the-baseline",
+        "ppo_trainer/experience_maker.py",
+        "batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])",
+        "raw = mx.where(mx.array(self.config.mask_truncated_completions) & ~mx.array([r.terminated for r in rollouts]), mx.nan, raw)\n"
+        "        batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])",
+        "tests/ppo_trainer/test_scores.py",
+    ),
+    # 12
+    Mutant(
+        12,
+        "gspo-product",
+        "training/policy_loss.py",
+        "log_ratio = mx.broadcast_to(masked_mean(log_ratio, mask, axis=1)[:, None], mask.shape)",
+        "log_ratio = mx.broadcast_to(masked_sum(log_ratio, mask, axis=1)[:, None], mask.shape)",
+        LOSS,
+    ),
+    Mutant(
+        12,
+        "rloo-geometric-mean",
+        "ppo_trainer/algorithms.py",
+        'ratio="sequence_product",',
+        'ratio="sequence",',
+        IDENTITIES,
+    ),
+    Mutant(
+        12,
+        "gspo-token-mean",
+        "ppo_trainer/algorithms.py",
+        '    ratio="sequence",\n    reduction="sequence_mean",',
+        '    ratio="sequence",',
+        IDENTITIES,
+    ),
+    # 13
+    Mutant(
+        13,
+        "value-min-for-max",
+        "training/value_loss.py",
+        "return 0.5 * masked_mean(mx.maximum(clipped, unclipped), mask, denominator)",
+        "return 0.5 * masked_mean(mx.minimum(clipped, unclipped), mask, denominator)",
+        VALUES,
+    ),
+    Mutant(
+        13,
+        "value-without-half",
+        "training/value_loss.py",
+        "return 0.5 * masked_mean(mx.maximum(clipped, unclipped), mask, denominator)",
+        "return masked_mean(mx.maximum(clipped, unclipped), mask, denominator)",
+        VALUES,
+    ),
+    Mutant(
+        13,
+        "value-shifted",
+        "models/value_model.py",
+        "return self.from_hidden(self.trunk.hidden(tokens[:, :-1]))",
+        "return self.from_hidden(self.trunk.hidden(tokens[:, 1:]))",
+        f"{TRAINING} -k before_its_token",
+    ),
+    # 14
+    Mutant(
+        14,
+        "no-bias-correction",
+        "training/model_trainer.py",
+        "bias_correction=True",
+        "bias_correction=False",
+        OPTIMISER,
+    ),
+    Mutant(
+        14,
+        "hidden-weight-decay",
+        "training/model_trainer.py",
+        "weight_decay=config.weight_decay",
+        "weight_decay=0.01",
+        OPTIMISER,
+    ),
+    Mutant(
+        14,
+        "no-gradient-clip",
+        "training/model_trainer.py",
+        "factor = self.max_grad_norm / (norm + 1e-6)",
+        "factor = 1.0",
+        OPTIMISER,
+    ),
+    Mutant(
+        14,
+        "reference-is-the-policy",
+        "models/policy_model.py",
+        "copy = share_weights(self.model)",
+        "copy = self.model",
+        f"{TRAINING} -k 'neither_the_base_nor'",
+    ),
+    Mutant(
+        14,
+        "sixteen-bit-weights",
+        "base_setup/lora_setup.py",
+        "        model.set_dtype(mx.float32)\n        model.unfreeze()\n        return description",
+        "        model.set_dtype(mx.bfloat16)\n        model.unfreeze()\n        return description",
+        "tests/test_models.py",
+    ),
+    # 15
+    Mutant(
+        15,
+        "margin-added",
+        "training/preference_loss.py",
+        "lead = lead - mx.stop_gradient(margin).astype(mx.float32)",
+        "lead = lead + mx.stop_gradient(margin).astype(mx.float32)",
+        PREFERENCES,
+    ),
+    Mutant(
+        15,
+        "preference-sign",
+        "training/preference_loss.py",
+        "lead = chosen - rejected  # (B,)",
+        "lead = rejected - chosen  # (B,)",
+        PREFERENCES,
+    ),
+    Mutant(
+        15,
+        "no-reference",
+        "training/preference_loss.py",
+        "return beta * (logprobs.astype(mx.float32) - mx.stop_gradient(ref_logprobs).astype(mx.float32))",
+        "return beta * logprobs.astype(mx.float32)",
+        PREFERENCES,
+    ),
+    Mutant(
+        15,
+        "score-at-padding",
+        "models/reward_model.py",
+        "last = mx.take_along_axis(states, lengths[:, None, None] - 1, axis=1)[:, 0]  # (B, D)",
+        "last = states[:, -1]  # (B, D)",
+        "tests/test_models.py tests/training/test_reward_trainer.py",
+    ),
+    # 16
+    Mutant(
+        16,
+        "weight-inverted",
+        "training/importance_correction.py",
+        "difference = logprobs.astype(mx.float32) - behaviour_logprobs.astype(mx.float32)",
+        "difference = behaviour_logprobs.astype(mx.float32) - logprobs.astype(mx.float32)",
+        CORRECTION,
+    ),
+    Mutant(
+        16,
+        "weight-with-gradient",
+        "training/importance_correction.py",
+        "return zero_masked(mx.stop_gradient(difference), mask)",
+        "return zero_masked(difference, mask)",
+        CORRECTION,
+    ),
+    Mutant(
+        16,
+        "weight-left-out",
+        "ppo_trainer/objective.py",
+        'if self._correction != "none":',
+        "if False:",
+        SAMPLERS,
+    ),
+    Mutant(
+        16,
+        "sampler-logprob-of-the-whole-vocabulary",
+        "models/sampling.py",
+        "    return tokens, mx.log(chosen / total)[:, 0]",
+        "    return tokens, mx.log(chosen)[:, 0]",
+        DECODING,
+    ),
+    Mutant(
+        16,
+        "dead-groups-by-shaped-scores",
+        "ppo_trainer/ppo_trainer.py",
+        '            scored = self.score(rollouts)\n            clock.lap("time/score")\n            return scored',
+        "            scored = self.score(rollouts)\n            shaped = self._maker.shaper.shape(mx.array(scored.total), rollouts)\n"
+        '            clock.lap("time/score")\n            return scored._replace(total=np.array(shaped))',
+        "tests/ppo_trainer/test_dynamic_sampling.py",
+    ),
+    Mutant(
+        16,
+        "off-policy-mask-sign",
+        "training/policy_loss.py",
+        "        -_log_ratio(mx.stop_gradient(logprobs), behaviour_logprobs, mask), mask, axis=1",
+        "        _log_ratio(mx.stop_gradient(logprobs), behaviour_logprobs, mask), mask, axis=1",
+        LOSS,
+    ),
+    Mutant(
+        16,
+        "entropy-punished",
+        "ppo_trainer/objective.py",
+        "objective = objective - config.entropy_coef * masked_mean(",
+        "objective = objective + config.entropy_coef * masked_mean(",
+        "tests/ppo_trainer/test_update_options.py",
+    ),
+    Mutant(
+        16,
+        "entropy-without-gradient",
+        "ppo_trainer/objective.py",
+        "temperature, with_gradient = self.config.temperature, self.config.entropy_coef != 0",
+        "temperature, with_gradient = self.config.temperature, False",
+        "tests/ppo_trainer/test_update_options.py",
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    """What became of a mutant."""
+
+    mutant: Mutant
+    caught_by: str  # the test that failed first; empty if none did
+    problem: str  # why there is no verdict; empty if there is one
+    seconds: float
+
+
+def problems(mutant: Mutant) -> str:
+    """What is wrong with the mutant itself, in a sentence, or nothing."""
+    source = ROOT / mutant.file
+    if not source.is_file():
+        return f"{mutant.name}: there is no file {mutant.file}"
+    count = source.read_text(encoding="utf-8").count(mutant.old)
+    if count != 1:
+        return f"{mutant.name}: its text stands {count} times in {mutant.file}, once is expected"
+    missing = [t for t in test_files(mutant) if not (ROOT / t).is_file()]
+    return f"{mutant.name}: there is no {missing[0]}" if missing else ""
+
+
+def test_files(mutant: Mutant) -> list[str]:
+    """The test files that are to notice it."""
+    return mutant.tests.partition(" -k ")[0].split()
+
+
+def judge(mutant: Mutant) -> Verdict:
+    """Plant it in a copy of the checkout and run its tests."""
+    problem = problems(mutant)
+    if problem:
+        return Verdict(mutant, "", problem, 0.0)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkout"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "scratch", "__pycache__"))
+        source = copy / mutant.file
+        text = source.read_text(encoding="utf-8")
+        source.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        files, _, keyword = mutant.tests.partition(" -k ")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            *files.split(),
+        ]
+        command += ["-k", keyword.strip("'")] if keyword else []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)  # the copy's packages, not the checkout's
+        try:
+            run = subprocess.run(
+                command,
+                cwd=copy,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Verdict(mutant, "the time limit", "", TIME_LIMIT)
+    seconds = time.perf_counter() - start
+    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED ")]
+    if run.returncode == 1 and failed:
+        return Verdict(mutant, failed[0].removeprefix("FAILED ").split(" - ")[0], "", seconds)
+    if run.returncode == 0:
+        return Verdict(mutant, "", "", seconds)
+    last = (run.stdout + run.stderr).strip().splitlines()[-1:]
+    return Verdict(
+        mutant, "", f"{mutant.name}: pytest ended with {run.returncode}: {' '.join(last)}", seconds
+    )
+
+
+def markdown(verdicts: Sequence[Verdict]) -> str:
+    """The table of docs/correctness.md."""
+    lines = ["| # | mistake | planted | caught by |", "|---|---|---|---|"]
+    for number, mistake in MISTAKES.items():
+        for verdict in (v for v in verdicts if v.mutant.mistake == number):
+            test = verdict.caught_by.rpartition("/")[2] or verdict.problem or "**survived**"
+            lines.append(f"| {number} | {mistake} | {verdict.mutant.name} | `{test}` |")
+            mistake = ""
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run them and print; 0 if every one was caught."""
+    parser = argparse.ArgumentParser(description="Plant mistakes; tests must notice.", allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=[m.name for m in MUTANTS], metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants side by side")
+    parser.add_argument("--list", action="store_true", help="print them and stop")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/correctness.md")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in MUTANTS if not options.only or m.name in options.only]
+    if options.list:
+        for mutant in chosen:
+            print(f"{mutant.mistake:3d}  {mutant.name:42s} {mutant.file}")
+        return 0
+    verdicts: list[Verdict] = []
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for verdict in pool.imap(judge, chosen):
+            verdicts.append(verdict)
+            outcome = verdict.problem or (
+                f"caught by {verdict.caught_by}" if verdict.caught_by else "SURVIVED"
+            )
+            print(f"{verdict.mutant.name:42s} {verdict.seconds:4.0f} s  {outcome}", flush=True)
+    escaped = [v for v in verdicts if not v.caught_by]
+    if options.markdown:
+        print(markdown(verdicts))
+    print(f"{len(verdicts) - len(escaped)} of {len(verdicts)} caught")
+    return 1 if escaped else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
