@@ -352,8 +352,8 @@ MUTANTS = (
         8,
         "full-kl-of-the-reference",
         "token_attribution/full_kl.py",
-        "        return _kl(head(rows), mx.stop_gradient(ref_head(ref_rows[chunk])), temperature)",
-        "        return _kl(mx.stop_gradient(ref_head(ref_rows[chunk])), head(rows), temperature)",
+        "        return _kl(head(rows), mx.stop_gradient(ref_head(theirs)), temperature)",
+        "        return _kl(mx.stop_gradient(ref_head(theirs)), head(rows), temperature)",
         "tests/token_attribution/test_full_kl.py",
     ),
     Mutant(
@@ -494,7 +494,8 @@ MUTANTS = (
         "truncated-out-of-the-baseline",
         "ppo_trainer/experience_maker.py",
         "batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])",
-        "raw = mx.where(mx.array(self.config.mask_truncated_completions) & ~mx.array([r.terminated for r in rollouts]), mx.nan, raw)\n"
+        "ended = mx.array([r.terminated for r in rollouts])\n"
+        "        raw = mx.where(self.config.mask_truncated_completions & ~ended, mx.nan, raw)\n"
         "        batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])",
         "tests/ppo_trainer/test_scores.py",
     ),
@@ -660,7 +661,9 @@ MUTANTS = (
         "dead-groups-by-shaped-scores",
         "ppo_trainer/ppo_trainer.py",
         '            scored = self.score(rollouts)\n            clock.lap("time/score")\n            return scored',
-        "            scored = self.score(rollouts)\n            shaped = self._maker.shaper.shape(mx.array(scored.total), rollouts)\n"
+        "            scored = self.score(rollouts)\n"
+        "            import mlx.core as mx\n\n"
+        "            shaped = self._maker.shaper.shape(mx.array(scored.total), rollouts)\n"
         '            clock.lap("time/score")\n            return scored._replace(total=np.array(shaped))',
         "tests/ppo_trainer/test_dynamic_sampling.py",
     ),
