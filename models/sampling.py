@@ -2,7 +2,9 @@
 
     logits → + bias → repetition penalty → / temperature → top-k → top-p → min-p
 
-in the order of mlx-lm's own processors and samplers. The logprob that is kept is that of the end of this chain.
+Bias and penalty are those of mlx-lm's logits processors. The cuts follow the temperature, as in transformers'
+``generate``; mlx-lm's samplers cut first and apply the temperature to what is left. The logprob that is kept is that
+of the end of this chain.
 """
 
 from __future__ import annotations
@@ -70,6 +72,8 @@ class LogitChanges:
                         f"logit_bias: token {token} is not in the vocabulary of {vocabulary} tokens"
                     )
                 bias[token] = amount
+            if (bias == -math.inf).all():
+                raise ValueError(f"logit_bias: all {vocabulary} tokens are forbidden, so there is none to draw")
             self.bias = mx.array(bias)
         # A short prompt is filled up with its own first token: penalised once, however often it stands there.
         filled = [

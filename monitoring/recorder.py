@@ -52,8 +52,9 @@ class RunRecorder:
         )
 
     def on_train_end(self, metrics: Mapping[str, Any] | None = None) -> None:
-        """The last line of the run."""
-        self.metrics.write({"step": self._step, "kind": "end", **_prefixed("final/", metrics or {})})
+        """The last line of the run: its last numbers, and not what stands in the lines above anyway."""
+        numbers = {k: v for k, v in (metrics or {}).items() if k not in ("history", "run_folder")}
+        self.metrics.write({"step": self._step, "kind": "end", **_prefixed("final/", numbers)})
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, Any]) -> dict[str, Any]:

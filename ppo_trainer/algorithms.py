@@ -170,14 +170,16 @@ CISPO = Algorithm(
     credit=from_group,
     needs_groups=True,
     surrogate="cispo",
-    defaults={"group_size": 8, "ratio_cap": 5.0, "kl_coef": 0.0},
+    defaults={"group_size": 8, "ratio_cap": 1.2, "kl_coef": 0.0},
 )
 """Clipped importance-sampling policy optimisation (MiniMax 2025, https://arxiv.org/abs/2506.13585, eq. 4-5): the weight
 is capped, and every token keeps a gradient.
 
     L = mean over tokens of −sg[min(ρ, cap)] Â log π
 
-Below the cap its gradient is REINFORCE's times the ratio. The cap of 5 is that of https://arxiv.org/abs/2510.13786."""
+Below the cap its gradient is REINFORCE's times the ratio. The paper tunes the cap and does not print it; 1.2 is that of
+verl's recipe. TRL recommends 5, after https://arxiv.org/abs/2510.13786; with four updates per batch that was not
+stable on our tasks (docs/algorithms.md)."""
 
 SAPO = Algorithm(
     name="sapo",
@@ -281,7 +283,7 @@ REINFORCE_PP_BASELINE = Algorithm(
     defaults={"group_size": 8, "scale_rewards": "none", "whiten_advantages": True, "kl_coef": 0.01},
 )
 """REINFORCE++ with a group baseline (same paper): the score minus its group's mean, divided by the deviation over the
-whole batch rather than the group's, and k2 in the loss.
+whole batch rather than the group's, and k2 in the loss (section 3.2).
 
     Â = whiten over the batch's tokens(s_i − mean_g),   L = mean over tokens of −min(ρÂ, clip(ρ, 1±ε)Â) + β k2
 
@@ -303,7 +305,8 @@ likeliest answer to the same prompt, which costs one more decoding per prompt.
 
     Â_t = Σ_{k≥t} r_k − score(greedy),   L = mean over completions of Σ over tokens of −ρÂ
 
-For one update per batch. Once the policy is nearly deterministic Â is 0 almost everywhere."""
+For one update per batch. Once the policy is nearly deterministic Â is 0 almost everywhere. The KL of later tokens
+counts for earlier ones, as in every return; the authors' code takes each token's own alone."""
 
 ALGORITHMS: dict[str, Algorithm] = {
     row.name: row

@@ -123,9 +123,10 @@ class Updater:
     def _policy_metrics(self, watched: Watched, reports: list[StepReport]) -> dict[str, float]:
         s, n = watched.policy, len(reports)
         count = max(float(s.token_count), 1.0)
+        taken = [r for r in reports if not r.skipped] or reports  # a skipped step's numbers are not finite
         metrics = {
-            "loss/policy_avg": float(watched.policy_loss) / n,
-            "grad_norm": _mean([r.grad_norm for r in reports]),
+            "loss/policy_avg": _mean([float(_merge(r).policy_loss) for r in taken]),
+            "grad_norm": _mean([r.grad_norm for r in taken]),
             "lr": reports[-1].learning_rate,
             "entropy": float(watched.entropy) / count,
             "policy/approxkl_avg": float(s.approx_kl) / count,

@@ -7,6 +7,7 @@ with the KL, whiten, and compare within groups.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import mlx.core as mx
@@ -99,12 +100,14 @@ def overlong_penalty(lengths: mx.array, max_length: int, buffer: float, weight: 
         lengths: (B,) n, tokens of each completion.
         max_length: L > 0.
         buffer: c in tokens, 0 <= c <= L; with 0 only what exceeds L is punished.
-        weight: w >= 0, the penalty's full size.
+        weight: w >= 0 and finite, the penalty's full size.
     """
-    if not 0 <= buffer <= max_length or not weight >= 0:
-        raise ValueError(
-            f"buffer {buffer} must be in [0, max_length = {max_length}] and weight {weight} >= 0."
-        )
+    if lengths.ndim != 1:
+        raise ValueError(f"lengths must be (B,), but they are {lengths.shape}.")
+    if not max_length > 0 or not 0 <= buffer <= max_length:
+        raise ValueError(f"max_length {max_length} must be > 0 and buffer {buffer} within [0, max_length].")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be a finite number >= 0, but it is {weight}.")
     beyond = lengths.astype(mx.float32) - (max_length - buffer)  # (B,)
     share = beyond / buffer if buffer > 0 else mx.where(beyond > 0, 1.0, 0.0)
     return -weight * mx.clip(share, 0.0, 1.0)

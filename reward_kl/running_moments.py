@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import mlx.core as mx
 
+Scaling = Literal["std", "norm"]
+
 
 class RunningMoments:
-    """Moments of a stream of batches, merged exactly (Chan, Golub and LeVeque 1979); NaN rows do not count.
+    r"""Moments of a stream of batches, merged without going back to old scores; NaN rows do not count.
+
+    With M the sum of squared distances from the mean, a batch b joins what there was by
+    (Chan, Golub and LeVeque 1979)
+
+    .. math::
+        M \leftarrow M + M_b + d^2 \frac{n\, n_b}{n + n_b}, \qquad
+        \mu \leftarrow \mu + d \frac{n_b}{n + n_b}, \qquad d = \mu_b - \mu
+
+    All on the host and in float64, so equal float32 scores have a deviation of exactly 0.
 
     Attributes:
         mean, std, count: over all scores so far; ``std`` with Bessel's correction, 0 for fewer than two.
     """
+
+    epsilon = 1e-8  # next to the deviation; below float32's resolution for any ordinary score
 
     def __init__(self) -> None:
         self.count = 0
@@ -27,9 +40,13 @@ class RunningMoments:
         return math.sqrt(self._squares / (self.count - 1)) if self.count > 1 else 0.0
 
     def update(self, scores: mx.array) -> None:
-        """Take in a batch ``(B,)``."""
+        """Take in a batch ``(B,)``; an infinite score is refused, for no later one could outweigh it."""
+        if scores.ndim != 1:
+            raise ValueError(f"scores must be (B,), but they are {scores.shape}.")
         found = cast(list[float], scores.astype(mx.float32).tolist())
         batch = [score for score in found if not math.isnan(score)]
+        if any(math.isinf(score) for score in batch):
+            raise ValueError("Running moments cannot take in an infinite score.")
         if not batch:
             return
         n, mean = len(batch), math.fsum(batch) / len(batch)
@@ -39,12 +56,15 @@ class RunningMoments:
         self.mean += distance * n / total
         self.count = total
 
-    def scale(self, scores: mx.array, mode: Literal["std", "norm"]) -> mx.array:
+    def scale(self, scores: mx.array, mode: Scaling) -> mx.array:
         """``(B,)`` float32: divided by the deviation (``std``), after the mean is taken off (``norm``).
 
-        Nothing is divided as long as all scores are the same.
+        As long as all scores are the same nothing is divided. NaN stays NaN. A batch counts among the scores that
+        it is scaled by if ``update`` comes first, as in TRL's former PPO trainer.
         """
-        divisor = self.std if self.std > 1e-8 else 1.0
+        if mode not in get_args(Scaling):
+            raise ValueError(f"mode must be 'std' or 'norm', but it is {mode!r}.")
+        divisor = self.std + self.epsilon if self.std > 0 else 1.0
         scores = scores.astype(mx.float32)
         return (scores - self.mean if mode == "norm" else scores) / divisor
 

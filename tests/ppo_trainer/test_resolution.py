@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_no_reference_means_no_kl() -> None:
 def test_a_target_needs_a_kl_to_steer() -> None:
     with pytest.raises(InvalidConfigurationError, match="kl_target: dr_grpo has no KL"):
         resolve("dr_grpo", kl_target=6.0, kl_coef=0.1, kl_placement="none")
-    with pytest.raises(InvalidConfigurationError, match="kl_target: .* 0 stays 0"):
+    with pytest.raises(InvalidConfigurationError, match=r"kl_target: .* 0 stays 0"):
         resolve("grpo", kl_target=6.0, kl_coef=0.0)
 
 
@@ -179,3 +180,223 @@ def test_the_same_difference_is_not_counted_twice() -> None:
 def test_values_that_cannot_be_meant_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InvalidConfigurationError, match=sentence):
         PPOConfig(**options)
+
+
+# Every combination, and what the sentences say ------------------------------------------------------------
+
+ESTIMATORS = ("k1", "k2", "k3", "k3_plain", "abs", "mse", "full")
+ONE: dict[str, Any] = {"num_epochs_per_rollout": 1}
+SEVERAL: dict[str, dict[str, Any]] = {
+    "epochs": {"num_epochs_per_rollout": 2},
+    "minibatches": {"num_epochs_per_rollout": 1, "minibatch_size": 8},  # of 4 prompts times 8
+}
+
+
+def refusal(algorithm: str = "grpo", **options: Any) -> str:
+    """The sentence that refuses these options; fails where nothing does."""
+    with pytest.raises(InvalidConfigurationError) as caught:
+        resolve(algorithm, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def verdict(placement: str, estimator: str, several: bool, biased: bool) -> str | None:
+    """Why the combination is refused, or None, as reward_kl/kl_divergence.py has it in its table."""
+    if placement == "loss":
+        if estimator == "k1":
+            return "k1 in the loss does nothing, since its expected gradient is exactly 0"
+        if estimator == "abs" and not biased:
+            return "abs in the loss does not have the reverse KL's gradient"
+        if estimator in ("k2", "mse") and several and not biased:
+            return f"{estimator} in the loss has the reverse KL's gradient on-policy only"
+        return None
+    if estimator == "k3_plain":
+        return "k3_plain is k3 in the loss without the ratio"
+    if estimator != "k1" and not biased:
+        return f"{estimator} in the reward does not have the reverse KL's gradient, only k1 has"
+    return None
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("updates", ["one", *SEVERAL])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("placement", ["reward", "loss"])
+def test_a_kl_is_refused_where_it_would_teach_something_else(
+    placement: str, estimator: str, updates: str, biased: bool
+) -> None:
+    options = {
+        "kl_placement": placement,
+        "kl_estimator": estimator,
+        "allow_biased_kl": biased,
+        **(ONE if updates == "one" else SEVERAL[updates]),
+    }
+    reason = verdict(placement, estimator, updates != "one", biased)
+    if reason is None:
+        config = resolve("grpo", **options)
+        assert (config.kl_placement, config.kl_estimator) == (placement, estimator)
+        assert kl_is_used(config)
+    else:
+        sentence = refusal("grpo", **options)
+        assert sentence.startswith("kl_estimator: ")
+        assert reason in sentence
+        # Where the bias may be accepted the sentence says so, and nowhere else.
+        always = estimator == "k3_plain" or (placement, estimator) == ("loss", "k1")
+        assert ("allow_biased_kl" in sentence) == (not always)
+
+
+def test_the_sentence_about_several_updates_counts_them() -> None:
+    options = {"kl_estimator": "k2", "batch_size": 4, "group_size": 8}
+    assert "here 6 updates follow" in refusal(num_epochs_per_rollout=3, minibatch_size=16, **options)
+    assert "here 2 updates follow" in refusal(num_epochs_per_rollout=2, minibatch_size=10**6, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "updates"),
+    [
+        ({}, 1),
+        ({"num_epochs_per_rollout": 3}, 3),
+        ({"minibatch_size": 12}, 1),
+        ({"minibatch_size": 11}, 2),
+        ({"minibatch_size": 5, "num_epochs_per_rollout": 2}, 6),
+        ({"minibatch_size": 100}, 1),
+    ],
+)
+def test_updates_of_a_batch_of_twelve(options: dict[str, Any], updates: int) -> None:
+    config = PPOConfig(batch_size=3, group_size=4, **{**ONE, **options})
+    assert updates_per_batch(config) == updates
+    assert updates_per_batch(config, 1) == config.num_epochs_per_rollout
+
+
+@pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.kl_placement == "none"])
+def test_a_row_without_a_kl_can_have_any_kl_or_none(name: str) -> None:
+    assert not kl_is_used(resolve(name, kl_coef=0.0))
+    declined = resolve(name, kl_coef=0.2, kl_placement="none")
+    assert (declined.kl_placement, kl_is_used(declined)) == ("none", False)
+    moved = resolve(name, kl_coef=0.2, kl_placement="reward")
+    assert (moved.kl_placement, moved.kl_estimator) == ("reward", "k1")
+    chosen = resolve(name, kl_coef=0.2, kl_estimator="full")
+    assert (chosen.kl_placement, chosen.kl_estimator) == ("loss", "full")
+
+
+@pytest.mark.parametrize("name", [name for name, row in ALGORITHMS.items() if row.kl_placement != "none"])
+def test_every_rows_kl_can_be_moved(name: str) -> None:
+    row = find_algorithm(name)
+    kept = resolve(name)
+    assert (kept.kl_placement, kept.kl_estimator) == (row.kl_placement, row.kl_estimator)
+    named = resolve(name, kl_placement=row.kl_placement)
+    assert named.kl_estimator == row.kl_estimator
+    other, right = ("loss", "k3") if row.kl_placement == "reward" else ("reward", "k1")
+    assert resolve(name, kl_placement=other).kl_estimator == right
+    assert f"kl_estimator: {'k1' if other == 'loss' else 'k2'}" in refusal(
+        name, kl_placement=other, kl_estimator="k1" if other == "loss" else "k2"
+    )
+
+
+def test_on_policy_k2_is_refused_where_nothing_corrects_for_another_sampler() -> None:
+    """One update, but the ratio of the policy to a sampler that lags behind is not in k2."""
+    lagging = {"rollout_policy": "copy", "kl_estimator": "k2", **ONE}
+    assert resolve("grpo", **lagging).correction == "token_truncate"  # which weighs the KL too
+    assert "k2" in refusal(old_logprobs_from="rollout", **lagging)
+    assert (
+        resolve("grpo", old_logprobs_from="rollout", **{**lagging, "kl_estimator": "k3"}).kl_estimator == "k3"
+    )
+
+
+@pytest.mark.parametrize("horizon", [6, 7])
+def test_the_horizon_must_outlast_a_batch(horizon: int) -> None:
+    """0.2 of 32 completions are 6.4: with 6 one step could take the coefficient below 0."""
+    options = {"kl_target": 3.0, "batch_size": 4, "group_size": 8, "kl_horizon": horizon}
+    if horizon == 7:
+        assert resolve("grpo", **options).kl_horizon == 7
+    else:
+        assert "kl_horizon: 6 is too short for batches of 32 completions" in refusal(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"reference": "base"}, {"reference_path": "a/model"}, {"reference": "none"}]
+)
+def test_only_a_reference_that_was_the_policy_can_follow_it(options: dict[str, Any]) -> None:
+    assert refusal("grpo", reference_sync_every=5, **options).startswith("reference_sync_every: ")
+    assert resolve("grpo", **options).reference_sync_every is None
+    assert resolve("grpo", reference_sync_every=5).reference_sync_every == 5
+
+
+@pytest.mark.parametrize("surrogate", ["clipped", "unclipped", "cispo", "sapo"])
+@pytest.mark.parametrize(
+    ("name", "own"), [("dual_clip", "clipped"), ("delta", "clipped"), ("ratio_cap", "cispo")]
+)
+def test_a_surrogates_own_option_is_refused_elsewhere(name: str, own: str, surrogate: str) -> None:
+    options = {"surrogate": surrogate, name: 3.0}
+    if surrogate == own:
+        assert getattr(resolve("grpo", **options), name) == 3.0
+    else:
+        sentence = refusal("grpo", **options)
+        assert sentence.startswith(f'{name}: it belongs to the surrogate "{own}"')
+        assert f'"{surrogate}"' in sentence
+
+
+def test_a_rows_own_cap_goes_with_the_surrogate_that_it_belongs_to() -> None:
+    """Nobody set ratio_cap here, so nobody can leave it out."""
+    assert resolve("cispo").ratio_cap == find_algorithm("cispo").defaults["ratio_cap"]
+    assert resolve("cispo", surrogate="clipped").surrogate == "clipped"
+    assert resolve("cispo", surrogate="clipped").ratio_cap is None
+    assert refusal("cispo", surrogate="clipped", ratio_cap=5.0).startswith("ratio_cap: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dual_clip": 1.0}, "dual_clip: more than 1 is needed, found 1.0"),
+        ({"delta": 1.2}, "delta: more than 1 + clip_epsilon_high = 1.2 is needed, found 1.2"),
+        ({"delta": 1.2, "clip_epsilon_high": 0.5}, "= 1.5 is needed"),
+    ],
+)
+def test_a_limit_must_lie_beyond_the_clip_range(options: dict[str, Any], sentence: str) -> None:
+    assert sentence in refusal("grpo", **options)
+    (name,) = options.keys() & {"dual_clip", "delta"}
+    assert resolve("grpo", **{**options, name: 1.6}) is not None
+
+
+def test_a_value_head_on_the_trunk_has_no_warm_up_of_its_own() -> None:
+    assert refusal("ppo", value_network="shared", value_warmup_steps=1).startswith("value_warmup_steps: ")
+
+
+COLUMNS: dict[str, Any] = {
+    "ratio": "sequence_product",
+    "surrogate": "unclipped",
+    "reduction": "fixed_length",
+    "kl_placement": "reward",
+    "kl_estimator": "k1",
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_column_in_the_config_wins_over_the_rows(name: str) -> None:
+    config = resolve(name, **COLUMNS)
+    assert {column: getattr(config, column) for column in COLUMNS} == COLUMNS
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_column_set_to_none_is_the_rows(name: str) -> None:
+    assert resolve(name, **dict.fromkeys(COLUMNS)) == resolve(name)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_is_resolved_stays_as_it_is_when_resolved_again(name: str) -> None:
+    once = resolve(name, kl_coef=0.3)
+    again = resolve_config(once, find_algorithm(name))
+    assert dataclasses.asdict(again) == dataclasses.asdict(once)
+
+
+def test_the_policy_itself_needs_no_correction_and_may_have_one() -> None:
+    assert (PPOConfig().correction, PPOConfig().samples_from_copy) == ("none", False)
+    assert PPOConfig(importance_correction="sequence_mask").correction == "sequence_mask"
+    assert PPOConfig(logit_bias={}, top_k=0, top_p=1.0).correction == "none"  # written out, and nothing
+
+
+def test_the_sentence_names_everything_that_is_unlike() -> None:
+    with pytest.raises(
+        InvalidConfigurationError,
+        match=r"^top_p = 0.9 and repetition_penalty = 1.2 and quantize_for_rollouts: ",
+    ):
+        PPOConfig(top_p=0.9, repetition_penalty=1.2, quantize_for_rollouts=True, importance_correction="none")

@@ -275,3 +275,357 @@ def test_a_full_kl_trains_through_the_whole_loop(tmp_path: Path, placement: str)
     )
     assert trainer.config.kl_estimator == "full"
     assert bandit.probabilities(trainer)[0] > np.exp(0) / np.exp([0, 1, 0.5]).sum()
+
+
+# Columns and limits, by the weight that each token's gradient has ------------------------------------------
+
+
+def rows_advantages() -> np.ndarray:
+    groups = np.array(SCORES).reshape(2, 3)
+    return (groups - groups.mean(axis=1, keepdims=True)).ravel()
+
+
+def with_ratios(folder: Path, offset: float, **options: Any) -> np.ndarray:
+    """The gradient where row i has a ratio of exp(-offset (i + 1)) at each of its tokens."""
+    return gradient(*make(folder, offset=offset, old_logprobs_from="rollout", **options))
+
+
+def weighing(weight: Any, offset: float) -> list[float]:
+    """``weight(r, A, n)`` for each token."""
+    a = rows_advantages()
+    return [
+        float(weight(np.exp(-offset * (row + 1)), a[row], len(TEXTS[row]))) / FIXED for row, _, _ in tokens()
+    ]
+
+
+def sapo_weight(r: float, a: float, tau: float) -> float:
+    """d/d log r of (4 / tau) sigma(tau (r - 1)) A."""
+    gate = 1 / (1 + np.exp(-tau * (r - 1)))
+    return float(4 * gate * (1 - gate) * r * a)
+
+
+@pytest.mark.parametrize(
+    ("offset", "options", "weight"),
+    [
+        (-0.2, {"surrogate": "unclipped"}, lambda r, a, n: r * a),
+        (-0.2, {}, lambda r, a, n: 0 if a > 0 and r > 1.2 else r * a),
+        (-0.2, {"clip_epsilon": 0.5}, lambda r, a, n: 0 if a > 0 and r > 1.5 else r * a),
+        (
+            -0.2,
+            {"clip_epsilon": 0.1, "clip_epsilon_high": 1.0},
+            lambda r, a, n: 0 if a > 0 and r > 2 else r * a,
+        ),
+        (
+            0.1,
+            {"clip_epsilon": 0.15, "clip_epsilon_high": 1.0},
+            lambda r, a, n: 0 if a < 0 and r < 0.85 else r * a,
+        ),
+        (
+            -0.2,
+            {"dual_clip": 2.0},
+            lambda r, a, n: 0 if (a > 0 and r > 1.2) or (a < 0 and r > 2) else r * a,
+        ),
+        (-0.2, {"delta": 1.7}, lambda r, a, n: 0 if (a > 0 and r > 1.2) or (a < 0 and r > 1.7) else r * a),
+        (-0.2, {"surrogate": "cispo"}, lambda r, a, n: r * a),
+        (-0.2, {"surrogate": "cispo", "ratio_cap": 1.6}, lambda r, a, n: min(r, 1.6) * a),
+        (-0.2, {"surrogate": "sapo"}, lambda r, a, n: sapo_weight(r, a, 1.0 if a > 0 else 1.05)),
+        (
+            -0.2,
+            {"surrogate": "sapo", "sapo_temperature_pos": 0.5, "sapo_temperature_neg": 2.0},
+            lambda r, a, n: sapo_weight(r, a, 0.5 if a > 0 else 2.0),
+        ),
+        # A row's ratio is the mean's at each of its n tokens, and so is its gradient: n times 1 / n.
+        (-0.2, {"ratio": "sequence", "surrogate": "unclipped"}, lambda r, a, n: r * a),
+        (-0.05, {"ratio": "sequence_product", "surrogate": "unclipped"}, lambda r, a, n: n * r**n * a),
+        (-0.05, {"ratio": "sequence_product"}, lambda r, a, n: 0 if a > 0 and r**n > 1.2 else n * r**n * a),
+    ],
+)
+def test_the_bound_of_the_ratio_is_what_the_config_says(
+    tmp_path: Path, offset: float, options: dict[str, Any], weight: Any
+) -> None:
+    """dr_grpo's own are the token's ratio, clipped to 1 ± 0.2."""
+    found = with_ratios(tmp_path, offset, **options)
+    np.testing.assert_allclose(found, expected(weighing(weight, offset), 1.0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "divisor"),
+    [
+        ("token_mean", lambda n: N),
+        ("sequence_mean", lambda n: 6 * n),
+        ("fixed_length", lambda n: FIXED),
+        ("sequence_sum", lambda n: 6),
+        ("micro_batch_mean", lambda n: N),
+    ],
+)
+def test_the_reduction_is_what_the_config_says(tmp_path: Path, reduction: str, divisor: Any) -> None:
+    weighted = [a / divisor(len(TEXTS[row])) for a, (row, _, _) in zip(advantages(), tokens(), strict=True)]
+    found = gradient(*make(tmp_path, reduction=reduction))
+    np.testing.assert_allclose(found, expected(weighted, 1.0), atol=1e-6)
+
+
+# The KL in the loss and in the reward, by arithmetic ---------------------------------------------------------
+
+
+def at(temperature: float, p: np.ndarray) -> np.ndarray:
+    """The same logits at another temperature."""
+    warmer = p ** (1 / temperature)
+    return warmer / warmer.sum()
+
+
+def colder(before: str) -> np.ndarray:
+    """What the reference below says after ``before``: the policy's logits, doubled."""
+    return at(0.5, probabilities(before))
+
+
+def log_ratios() -> list[float]:
+    """d = log π - log π_ref of each token."""
+    return [logprob(x, y) - float(np.log(colder(x)[LETTERS.index(y)])) for _, x, y in tokens()]
+
+
+def exact_kl(before: str) -> float:
+    p = probabilities(before)
+    return float((p * np.log(p / colder(before))).sum())
+
+
+def from_another_reference(
+    folder: Path, *, offset: float = 0.0, **options: Any
+) -> tuple[PPOTrainer, Experience, dict[str, float]]:
+    """As ``make``, with the policy's logits, doubled, as reference: so the texts' KL is positive."""
+    trainer, _ = make(folder, offset=offset, **options)
+    assert trainer.reference is not None
+    table = np.array(trainer.policy.model.lm_head.weight)
+    ids = [token_id(letter) for letter in LETTERS]
+    table[np.ix_(ids, ids)] *= 2
+    trainer.reference.model.lm_head.weight = mx.array(table)
+    return trainer, *trainer.make_experience(rollouts(offset))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "slope"),
+    [
+        # d/d log π of each estimator at ratio 1; the ratio's own slope adds k3 to that of k3.
+        ("k2", lambda d: d),
+        ("mse", lambda d: d),
+        ("k3", lambda d: d),
+        ("k3_plain", lambda d: 1 - np.exp(-d)),
+        ("abs", np.sign),
+    ],
+)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_each_estimator_in_the_loss_pulls_as_it_should(
+    tmp_path: Path, estimator: str, slope: Any, corrected: bool
+) -> None:
+    options = {"importance_correction": "token_truncate"} if corrected else {}
+    trainer, experience, _ = from_another_reference(
+        tmp_path, offset=0.1, kl_coef=0.5, kl_estimator=estimator, allow_biased_kl=True, **options
+    )
+    found = gradient(trainer, experience._replace(advantages=mx.zeros_like(experience.advantages)))
+    w = [np.exp(-0.1 * (row + 1)) if corrected else 1.0 for row, _, _ in tokens()]
+    pulls = [-0.5 * wt * float(slope(d)) for wt, d in zip(w, log_ratios(), strict=True)]
+    np.testing.assert_allclose(found, expected(pulls, FIXED), atol=1e-6)
+
+
+def test_k3_takes_its_ratio_from_the_sampler_where_the_loss_does(tmp_path: Path) -> None:
+    """d/d log π of r k3 is r d."""
+    trainer, experience, _ = from_another_reference(
+        tmp_path, offset=0.1, kl_coef=0.5, kl_estimator="k3", old_logprobs_from="rollout"
+    )
+    found = gradient(trainer, experience._replace(advantages=mx.zeros_like(experience.advantages)))
+    ratios = [np.exp(-0.1 * (row + 1)) for row, _, _ in tokens()]
+    pulls = [-0.5 * r * d for r, d in zip(ratios, log_ratios(), strict=True)]
+    np.testing.assert_allclose(found, expected(pulls, FIXED), atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_exact_kl_in_the_loss_has_its_exact_gradient(tmp_path: Path, temperature: float) -> None:
+    """dKL/dz_j = p_j (log p_j - log q_j - KL) / temperature, at the states of all sampled tokens."""
+    trainer, experience, _ = from_another_reference(
+        tmp_path, kl_coef=0.5, kl_estimator="full", temperature=temperature
+    )
+    found = gradient(trainer, experience._replace(advantages=mx.zeros_like(experience.advantages)))
+    by_hand = np.zeros((4, 4))
+    for _, x, _ in tokens():
+        p, q = at(temperature, probabilities(x)), at(temperature, colder(x))
+        log_ratio = np.log(p / q)
+        pull = p * (log_ratio - (p * log_ratio).sum()) / temperature
+        by_hand[:, LETTERS.index(x)] += 0.5 * pull / FIXED
+    np.testing.assert_allclose(found, by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value"),
+    [
+        ("k1", lambda d, x: d),
+        ("k2", lambda d, x: d * d / 2),
+        ("mse", lambda d, x: d * d / 2),
+        ("k3", lambda d, x: np.exp(-d) - 1 + d),
+        ("abs", lambda d, x: abs(d)),
+        ("full", lambda d, x: exact_kl(x)),
+    ],
+)
+def test_each_estimator_in_the_reward_is_taken_off_token_by_token(
+    tmp_path: Path, estimator: str, value: Any
+) -> None:
+    """Credit is the rewards still to come, so their differences are the rewards."""
+    _, experience, metrics = from_another_reference(
+        tmp_path,
+        algorithm="reinforce_pp",
+        whiten_advantages=False,
+        kl_coef=0.5,
+        kl_estimator=estimator,
+        allow_biased_kl=True,
+    )
+    to_go, mask = np.array(experience.advantages), np.array(experience.mask)
+    rewards = np.concatenate([-np.diff(np.append(a[m], 0.0)) for a, m in zip(to_go, mask, strict=True)])
+    kl = [value(d, x) for d, (_, x, _) in zip(log_ratios(), tokens(), strict=True)]
+    scores = np.concatenate(
+        [[0.0] * (len(text) - 1) + [score] for text, score in zip(TEXTS, SCORES, strict=True)]
+    )
+    np.testing.assert_allclose(rewards, scores - 0.5 * np.array(kl), atol=1e-5)
+    # What is told, and steered by, is k1 whatever is optimised.
+    assert metrics["objective/kl"] == pytest.approx(sum(log_ratios()) / 6, rel=1e-4)
+
+
+@pytest.mark.parametrize(("algorithm", "estimator"), [("rloo", "k1"), ("grpo", "k3"), ("grpo", "full")])
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_the_controller_hears_the_kl_of_a_step_in_its_unit(
+    tmp_path: Path, algorithm: str, estimator: str, unit: str
+) -> None:
+    """13 tokens in 6 rows; the KL is 10 % above its target in one unit and far from it in the other."""
+    true = sum(log_ratios()) / (6 if unit == "sequence" else N)
+    trainer, experience, made = from_another_reference(
+        tmp_path,
+        algorithm=algorithm,
+        kl_coef=0.2,
+        kl_estimator=estimator,
+        kl_target=true / 1.1,
+        kl_unit=unit,
+        kl_horizon=60,
+        num_epochs_per_rollout=1,
+    )
+    metrics = trainer.update(experience) | made
+    assert metrics["objective/kl"] == pytest.approx(sum(log_ratios()) / 6, rel=1e-4)
+    assert metrics["objective/kl_per_token"] == pytest.approx(sum(log_ratios()) / N, rel=1e-4)
+    trainer._adapt_kl(metrics, 6)
+    assert trainer.kl_controller.value == pytest.approx(0.2 * (1 + 0.1 * 6 / 60), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropy_is_that_of_the_distribution_sampled_from(tmp_path: Path, temperature: float) -> None:
+    trainer, experience = make(tmp_path, temperature=temperature, entropy_coef=0.7)
+    plain = gradient(*make(tmp_path, temperature=temperature))
+    found = gradient(trainer, experience) - plain
+    by_hand, total = np.zeros((4, 4)), 0.0
+    for _, x, _ in tokens():
+        p = at(temperature, probabilities(x))
+        h = -(p * np.log(p)).sum()
+        by_hand[:, LETTERS.index(x)] += 0.7 * p * (np.log(p) + h) / temperature / N
+        total += h
+    np.testing.assert_allclose(found, by_hand, atol=1e-6)
+    metrics = trainer._build_updater(1).update(experience, 1)
+    assert metrics["entropy"] == pytest.approx(total / N, rel=1e-4)
+
+
+# When updates end, or are not made ---------------------------------------------------------------------------
+
+
+def table_after(
+    folder: Path, *, praised: bool = False, **options: Any
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The weights after the updates on one batch; ``praised``: every advantage is 1."""
+    trainer, experience = make(folder, learning_rate=0.05, **options)
+    if praised:
+        experience = experience._replace(advantages=experience.mask.astype(mx.float32))
+    metrics = trainer._build_updater(1).update(experience, 1)
+    return np.array(trainer.policy.model.lm_head.weight), metrics
+
+
+def test_target_kl_keeps_the_update_that_passed_it_and_makes_no_other(tmp_path: Path) -> None:
+    """The first update is at a KL of 0, the second finds the policy moved: two of five are made."""
+    stopped, metrics = table_after(tmp_path, num_epochs_per_rollout=5, target_kl=1e-6)
+    assert metrics["num_updates"] == 2
+    two, _ = table_after(tmp_path, num_epochs_per_rollout=2)
+    five, _ = table_after(tmp_path, num_epochs_per_rollout=5)
+    np.testing.assert_array_equal(stopped, two)
+    assert np.abs(five - two).max() > 1e-2
+    unbothered, metrics = table_after(tmp_path, num_epochs_per_rollout=5, target_kl=1e3)
+    assert metrics["num_updates"] == 5
+    np.testing.assert_array_equal(unbothered, five)
+
+
+def test_target_kl_is_a_mean_per_token(tmp_path: Path) -> None:
+    """Just below the KL that the second update finds it ends there, just above it goes on."""
+    _, metrics = table_after(tmp_path, num_epochs_per_rollout=2)
+    found = 2 * metrics["policy/approxkl_avg"]  # the first update's is 0
+    for factor, updates in ((0.99, 2), (1.01, 3)):
+        _, metrics = table_after(tmp_path, num_epochs_per_rollout=3, target_kl=factor * found)
+        assert metrics["num_updates"] == updates
+
+
+def test_a_rejected_update_leaves_weights_and_optimiser_as_they_were(tmp_path: Path) -> None:
+    """After one step towards all sampled tokens they are likelier than before: the mean ratio is above 1."""
+    once, _ = table_after(tmp_path, praised=True, num_epochs_per_rollout=1)
+    held, metrics = table_after(tmp_path, praised=True, num_epochs_per_rollout=4, ratio_threshold=1.001)
+    free, freely = table_after(tmp_path, praised=True, num_epochs_per_rollout=4)
+    assert freely["val/ratio"] > 1.01
+    assert freely["rejected_updates"] == 0
+    assert (metrics["rejected_updates"], metrics["skipped_updates"]) == (3, 0)
+    np.testing.assert_array_equal(held, once)
+    assert np.abs(free - once).max() > 1e-2
+
+
+def test_after_a_rejected_minibatch_the_next_is_still_at_a_ratio_of_one(tmp_path: Path) -> None:
+    """Every minibatch of these is refused (a mean of 1 is above 0.9), so none of them finds a policy that moved."""
+    table, metrics = table_after(tmp_path, num_epochs_per_rollout=2, minibatch_size=2, ratio_threshold=0.9)
+    assert metrics["rejected_updates"] == 6
+    assert (metrics["val/ratio_min"], metrics["val/ratio_max"]) == (1, 1)
+    start, _ = make(tmp_path)
+    np.testing.assert_array_equal(table, np.array(start.policy.model.lm_head.weight))
+
+
+# On policy -------------------------------------------------------------------------------------------------
+
+
+def test_on_policy_the_sampler_and_the_trainer_agree(tmp_path: Path) -> None:
+    trainer, _ = make(tmp_path, off_policy_mask_threshold=0.01, importance_correction="token_mask")
+    sampled = trainer.generate([Prompt(0, "a", (token_id("a"),), {}), Prompt(1, "b", (token_id("b"),), {})])
+    experience, _ = trainer.make_experience(sampled)
+    metrics = trainer.update(experience)
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0, abs=1e-6)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0, abs=1e-6)
+    for name in ("mean", "min", "max"):
+        assert metrics[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-6)
+    assert metrics["sampling/effective_sample_size"] == pytest.approx(1, abs=1e-6)
+    assert metrics["off_policy/dropped_fraction"] == 0
+
+
+def test_the_mismatch_is_measured_before_the_first_update_alone(tmp_path: Path) -> None:
+    """Five epochs take the policy away from the sampler; what is told is where it was."""
+    _, metrics = table_after(tmp_path, num_epochs_per_rollout=5)
+    assert metrics["val/ratio_max"] > 1.05
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_what_the_correction_and_the_mask_leave_out_stays_in_the_denominator(
+    tmp_path: Path, reduction: str
+) -> None:
+    """Rows 0 to 2 have weights above 0.7; a mean over what is left would be larger."""
+    found = gradient(
+        *make(
+            tmp_path,
+            offset=0.1,
+            reduction=reduction,
+            importance_correction="token_mask",
+            importance_floor=0.7,
+            off_policy_mask_threshold=0.15,
+        )
+    )
+    weighted = []
+    for a, (row, _, _) in zip(advantages(), tokens(), strict=True):
+        w, away = np.exp(-0.1 * (row + 1)), 0.1 * (row + 1)
+        kept = w >= 0.7 and not (a < 0 and away > 0.15)
+        weighted.append(a * w * kept / (N if reduction == "token_mean" else 6 * len(TEXTS[row])))
+    assert any(weighted)
+    np.testing.assert_allclose(found, expected(weighted, 1.0), atol=1e-6)

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from advantage.reward_to_go import reward_to_go
-from reward_kl.reward_computer import apply_missing_end_penalty, clip_scores, token_rewards, whiten_rewards
+from reward_kl.reward_computer import (
+    apply_missing_end_penalty,
+    clip_scores,
+    overlong_penalty,
+    token_rewards,
+    whiten_rewards,
+)
 
 MASK = np.array(
     [
@@ -88,6 +94,56 @@ def test_whitened_rewards_keep_their_mean():
     assert np.isclose(whitened[MASK].mean(), KL[MASK].mean(), atol=1e-5)
     assert np.isclose(whitened[MASK].var(ddof=1), 1.0, atol=1e-5)
     assert (whitened[~MASK] == 0).all()
+
+
+def test_the_overlong_penalty_rises_over_the_buffer_and_stays_at_its_weight():
+    """L = 10, c = 4, w = 1: free up to 6, then (6 - n) / 4, and -1 from 10 on."""
+    lengths = mx.array([0, 5, 6, 7, 8, 9, 10, 11, 1000])
+    penalty = overlong_penalty(lengths, 10, 4)
+    assert np.array(penalty).tolist() == [0, 0, 0, -0.25, -0.5, -0.75, -1, -1, -1]
+    assert penalty.dtype == mx.float32
+    half = overlong_penalty(lengths, 10, 4, weight=0.5)
+    assert np.array(half).tolist() == [0, 0, 0, -0.125, -0.25, -0.375, -0.5, -0.5, -0.5]
+
+
+def test_the_papers_overlong_penalty():
+    """L = 20480 and c = 4096, so the free part ends at 16384; 3 quarters of the way from there is 19456."""
+    penalty = overlong_penalty(mx.array([16384, 16385, 19456, 20480]), 20480, 4096)
+    assert np.array(penalty).tolist() == [0, -1 / 4096, -0.75, -1]
+
+
+def test_an_overlong_buffer_at_its_limits():
+    lengths = mx.array([0, 9, 10, 11])
+    assert np.array(overlong_penalty(lengths, 10, 0)).tolist() == [
+        0,
+        0,
+        0,
+        -1,
+    ]  # nothing before L is exceeded
+    whole = np.array(overlong_penalty(lengths, 10, 10))  # every token costs a tenth
+    np.testing.assert_allclose(whole, [0, -0.9, -1, -1], rtol=1e-6)
+    fractional = np.array(overlong_penalty(mx.array([7, 8, 10]), 10, 2.5))  # a share of L need not be whole
+    np.testing.assert_allclose(fractional, [0, -0.2, -1], rtol=1e-6)  # (7.5 - 8) / 2.5
+    assert np.array(overlong_penalty(lengths, 10, 4, weight=0.0)).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"max_length": 0, "buffer": 0}, "max_length 0"),
+        ({"buffer": 11}, "buffer 11"),
+        ({"buffer": -1}, "buffer -1"),
+        ({"buffer": float("nan")}, "buffer nan"),
+        ({"weight": -0.5}, "weight.*-0.5"),
+        ({"weight": float("inf")}, "weight.*inf"),  # inf * 0 would make a NaN of every short answer
+        ({"weight": float("nan")}, "weight.*nan"),
+        ({"lengths": mx.zeros((2, 1))}, r"lengths.*\(2, 1\)"),
+    ],
+)
+def test_wrong_overlong_arguments_are_named(arguments, named):
+    right = {"lengths": mx.array([1, 2]), "max_length": 10, "buffer": 4, "weight": 1.0}
+    with pytest.raises(ValueError, match=named):
+        overlong_penalty(**(right | arguments))
 
 
 def test_wrong_arguments_are_named():
