@@ -63,7 +63,7 @@ SAMPLERS = "tests/ppo_trainer/test_biased_samplers.py"
 TRAINING = "tests/test_training.py"
 LOGPROBS = "tests/token_attribution/test_logprob_math.py tests/token_attribution/test_token_logprobs.py"
 OPTIMISER = "tests/training/test_model_trainer.py"
-DECODING = "tests/models/test_decoding.py"
+DECODING = "tests/models/test_decoding.py tests/models/test_decoding_rows.py"
 KL = "tests/reward_kl/test_kl_estimators.py tests/reward_kl/test_kl_gradients.py"
 GROUPS = "tests/advantage/test_group_relative.py"
 SUMS = "tests/advantage/test_discounted_sums.py"
@@ -229,8 +229,10 @@ MUTANTS = (
         6,
         "values-at-padding",
         "advantage/td_error.py",
-        "rewards, values = zero_masked(rewards, mask), zero_masked(values, mask)",
-        "",
+        "    rewards, values = zero_masked(rewards, mask), zero_masked(values, mask)\n"
+        "    return zero_masked(rewards + gamma * next_true_value(values, mask) - values, mask)",
+        "    following = mx.pad(values[:, 1:], [(0, 0), (0, 1)])\n"
+        "    return zero_masked(rewards + gamma * following - values, mask)",
         SUMS,
     ),
     Mutant(

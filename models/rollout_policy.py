@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -62,13 +64,20 @@ class RolloutPolicy:
 
     def _quantise(self, model: nn.Module, bits: int) -> None:
         widths = set[int]()
+        # What mlx-lm's own quantisation leaves out, or keeps at more bits, for this architecture (routers).
+        exceptions = getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
-        def fits(path: str, module: nn.Module) -> bool:
+        def fits(path: str, module: nn.Module) -> bool | dict[str, Any]:
             if not hasattr(module, "to_quantized"):
                 return False
             width = int(module["weight"].shape[-1])
             widths.add(width)
-            return width % self.group_size == 0
+            if width % self.group_size != 0:
+                return False
+            chosen: bool | dict[str, Any] = exceptions(path, module)
+            if isinstance(chosen, dict):
+                return {"group_size": self.group_size, "bits": max(bits, chosen.get("bits", bits))}
+            return chosen
 
         before = len([m for m in model.modules() if _is_quantised(m)])
         nn.quantize(model, group_size=self.group_size, bits=bits, class_predicate=fits)

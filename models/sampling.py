@@ -73,7 +73,9 @@ class LogitChanges:
                     )
                 bias[token] = amount
             if (bias == -math.inf).all():
-                raise ValueError(f"logit_bias: all {vocabulary} tokens are forbidden, so there is none to draw")
+                raise ValueError(
+                    f"logit_bias: all {vocabulary} tokens are forbidden, so there is none to draw"
+                )
             self.bias = mx.array(bias)
         # A short prompt is filled up with its own first token: penalised once, however often it stands there.
         filled = [

@@ -205,8 +205,9 @@ def test_full_fine_tuning_computes_and_saves_float32_whatever_the_base_is(
 ) -> None:
     base.model.set_dtype(mx.bfloat16)
     save_language_model(base, tmp_path / "base")
-    policy = moved(PolicyModel(base, config(fine_tune_type="full")))
-    assert {x.dtype for x in named_arrays(policy.model.parameters()).values()} == {mx.float32}
+    fresh = PolicyModel(base, config(fine_tune_type="full"))
+    assert {x.dtype for x in named_arrays(fresh.model.parameters()).values()} == {mx.float32}
+    policy = moved(fresh)
     assert {x.dtype for x in named_arrays(base.model.parameters()).values()} == {mx.bfloat16}
     assert not policy.has_adapter
     policy.save(tmp_path / "adapter")
