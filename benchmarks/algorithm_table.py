@@ -8,8 +8,8 @@ sequential_digits.py``); judged on held-out prompts. ``vowels``: a model with ra
 README's reward; judged on a prompt set of its own. Both are sampled at the training temperature.
 
 Every row gets the same prompts, completions, optimiser steps and learning rate, and otherwise its own settings. Rows
-that bound the ratio make four updates per batch; rows that assume one update per batch get batches of a quarter of
-the size, so that both make as many. Each run is a process of its own, so seconds are those of one core while
+that bound how far a batch may move the policy make four updates per batch; the others, which assume one update per
+batch or bound a weight only (cispo), get batches of a quarter of the size, so that all make as many. Each run is a process of its own, so seconds are those of one core while
 ``--jobs`` of them run.
 """
 
@@ -61,7 +61,7 @@ def settings(task: str, algorithm: str, seed: int, folder: str) -> Any:
         verbose=False,
         log_samples_every=0,
     )
-    if row.surrogate == "unclipped" or row.kl_estimator == "k2":
+    if row.surrogate in ("unclipped", "cispo") or row.kl_estimator == "k2":
         config = config.replace(batch_size=prompts // 4)
     else:
         config = config.replace(minibatch_size=prompts * group // 4)

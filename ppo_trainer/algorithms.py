@@ -170,16 +170,16 @@ CISPO = Algorithm(
     credit=from_group,
     needs_groups=True,
     surrogate="cispo",
-    defaults={"group_size": 8, "ratio_cap": 1.2, "kl_coef": 0.0},
+    defaults={"group_size": 8, "ratio_cap": 5.0, "kl_coef": 0.0},
 )
 """Clipped importance-sampling policy optimisation (MiniMax 2025, https://arxiv.org/abs/2506.13585, eq. 4-5): the weight
 is capped, and every token keeps a gradient.
 
     L = mean over tokens of −sg[min(ρ, cap)] Â log π
 
-Below the cap its gradient is REINFORCE's times the ratio. The paper tunes the cap and does not print it; 1.2 is that of
-verl's recipe. TRL recommends 5, after https://arxiv.org/abs/2510.13786; with four updates per batch that was not
-stable on our tasks (docs/algorithms.md)."""
+Below the cap its gradient is REINFORCE's times the ratio. The paper tunes the cap and does not print it; 5 is that of
+https://arxiv.org/abs/2510.13786 and TRL. The cap bounds the weight and not the step: with several updates per batch
+use a small learning rate (docs/algorithms.md)."""
 
 SAPO = Algorithm(
     name="sapo",

@@ -4,7 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from advantage.group_relative import group_advantages, group_statistics, leave_one_out
+from advantage.group_relative import (
+    group_advantages,
+    group_statistics,
+    leave_one_out,
+    length_weighted_advantages,
+)
 
 RNG = np.random.default_rng(5)
 NAN = float("nan")
@@ -102,6 +107,63 @@ def test_leave_one_out_is_grpo_without_std_times_g_over_g_minus_one():
 def test_batch_scale_divides_every_group_by_the_same():
     ratio = compute(SCORES, IDS, "none")[IDS != 900_001] / compute(SCORES, IDS, "batch")[IDS != 900_001]
     assert np.allclose(ratio, SCORES.std(ddof=1) + 1e-4, atol=1e-5)
+
+
+# OPO: a baseline weighted by length ------------------------------------------------------------------------
+
+
+def weighted(scores, lengths, ids):
+    found = length_weighted_advantages(
+        mx.array(np.asarray(scores, dtype=np.float32)),
+        mx.array(np.asarray(lengths)),
+        mx.array(np.asarray(ids)),
+    )
+    assert found.dtype == mx.float32
+    return np.array(found)
+
+
+def test_long_completions_weigh_more_in_the_baseline():
+    """Baselines (1 * 1 + 3 * 5) / 4 = 4, where the plain mean is 3, and (2 * 10 + 2 * 30 + 6 * 0) / 10 = 8."""
+    found = weighted([1, 10, 5, 30, 0], [1, 2, 3, 2, 6], [7, -3, 7, -3, -3])
+    assert found.tolist() == [-3.0, 2.0, 1.0, 22.0, -8.0]
+
+
+def test_length_weights_against_a_loop_over_groups():
+    lengths = np.array([3, 50, 1, 7, 2, 9, 120, 4, 1, 1])
+    for gaps in ([], [2, 4], [3]):
+        scores = SCORES.copy()
+        scores[gaps] = NAN
+        scorable, expected = ~np.isnan(scores), np.zeros(10)
+        for i in np.flatnonzero(scorable):
+            group = (IDS == IDS[i]) & scorable
+            expected[i] = scores[i] - np.average(scores[group].astype(np.float64), weights=lengths[group])
+        assert np.allclose(weighted(scores, lengths, IDS), expected, atol=1e-6)
+
+
+def test_an_unscorable_row_has_no_weight_whatever_its_length():
+    """Of 2, NaN and 6 with lengths 1, 1000 and 3 the baseline is (2 + 18) / 4 = 5."""
+    assert weighted([2, NAN, 6], [1, 1000, 3], [0, 0, 0]).tolist() == [-3.0, 0.0, 1.0]
+    assert weighted([NAN, NAN, 4], [5, 5, 5], [0, 0, 1]).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("score", [0.1, -0.3, 1e6 / 3, 0.0])
+def test_equal_scores_are_exactly_zero_whatever_their_lengths(score):
+    found = weighted([score] * 7 + [5.0, 6.0], [1, 2, 3, 50, 7, 11, 13, 1, 2], [0] * 7 + [1, 1])
+    assert (found[:7] == 0).all()
+    assert found[7:] == pytest.approx([5 - 17 / 3, 6 - 17 / 3], abs=1e-6)
+
+
+def test_equal_lengths_give_the_plain_mean():
+    assert np.allclose(weighted(SCORES, np.full(10, 17), IDS), compute(SCORES, IDS, "none"), atol=1e-6)
+
+
+def test_length_weighted_advantages_sum_to_zero_over_tokens():
+    lengths = np.array([3, 50, 1, 7, 2, 9, 120, 4, 1, 1])
+    found = weighted(SCORES, lengths, IDS)
+    for group in np.unique(IDS):
+        assert abs((found * lengths)[group == IDS].sum()) < 1e-4
+    with pytest.raises(ValueError, match=r"scores \(2,\), lengths \(3,\)"):
+        length_weighted_advantages(mx.zeros((2,)), mx.array([1, 2, 3]), mx.array([0, 0]))
 
 
 def test_statistics():

@@ -400,3 +400,12 @@ def test_the_sentence_names_everything_that_is_unlike() -> None:
         match=r"^top_p = 0.9 and repetition_penalty = 1.2 and quantize_for_rollouts: ",
     ):
         PPOConfig(top_p=0.9, repetition_penalty=1.2, quantize_for_rollouts=True, importance_correction="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("cispo", "ratio_cap"), ("dapo", "clip_epsilon_high"), ("gspo", "clip_epsilon_high")]
+)
+def test_a_limit_set_to_none_on_purpose_is_none(name: str, option: str) -> None:
+    """In these fields None says something: no limit; the same as below."""
+    assert getattr(resolve(name), option) is not None
+    assert getattr(resolve(name, **{option: None}), option) is None
