@@ -113,10 +113,12 @@ def test_a_token_counts_once_however_often_it_stands_there_and_in_its_own_row_al
 
 
 def test_low_precision_is_left_before_anything_is_added() -> None:
-    """In bfloat16 256 + 1 is 256."""
+    """In bfloat16 256 + 1 is 256, and a third has three digits."""
     found = adjusted_logits(mx.array([[256.0]], dtype=mx.bfloat16), mx.array([1.0]), mx.array([[0]]), 2.0)
     assert found.dtype == mx.float32
     assert found.tolist() == [[128.5]]
+    third = adjusted_logits(mx.array([[1.0]], dtype=mx.bfloat16), None, mx.array([[0]]), 3.0)
+    assert third.item() == pytest.approx(1 / 3, rel=1e-6)  # bfloat16: 0.334
 
 
 def test_the_recent_tokens_are_the_last_of_prompt_and_completion() -> None:
