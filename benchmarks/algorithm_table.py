@@ -9,8 +9,8 @@ README's reward; judged on a prompt set of its own. Both are sampled at the trai
 
 Every row gets the same prompts, completions, optimiser steps and learning rate, and otherwise its own settings. Rows
 that bound how far a batch may move the policy make four updates per batch; the others, which assume one update per
-batch or bound a weight only (cispo), get batches of a quarter of the size, so that all make as many. Each run is a process of its own, so seconds are those of one core while
-``--jobs`` of them run.
+batch or bound a weight only (cispo), get batches of a quarter of the size, so that all make as many. Each run is a
+process of its own, so seconds are those of one core while ``--jobs`` of them run.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import model_validator
@@ -293,21 +294,26 @@ class PPOConfig(TrainingConfig):
         uncorrected = self.allow_truncated_sampling or self.old_logprobs_from == "rollout"
         return "token_truncate" if self.samples_from_copy and not uncorrected else "none"
 
-    @model_validator(mode="after")
-    def _sampling_is_accounted_for(self) -> PPOConfig:
+    @property
+    def unlike_policy(self) -> list[str]:
+        """What makes the distribution sampled from another than the policy's, in words; empty if it is the same."""
+        offs = (
+            ("top_p", 1.0),
+            ("top_k", 0),
+            ("min_p", 0.0),
+            ("logit_bias", None),
+            ("repetition_penalty", 1.0),
+        )
         unlike = [
-            f"{name} = {getattr(self, name)}"
-            for name, off in (
-                ("top_p", 1.0),
-                ("top_k", 0),
-                ("min_p", 0.0),
-                ("logit_bias", None),
-                ("repetition_penalty", 1.0),
-            )
-            if getattr(self, name) not in (off, {})
+            f"{name} = {getattr(self, name)}" for name, off in offs if getattr(self, name) not in (off, {})
         ]
         if self.samples_from_copy:
             unlike.append("quantize_for_rollouts" if self.quantize_for_rollouts else "rollout_policy = copy")
+        return unlike
+
+    @model_validator(mode="after")
+    def _sampling_is_accounted_for(self) -> PPOConfig:
+        unlike = self.unlike_policy
         corrected = self.correction != "none" or self.old_logprobs_from == "rollout"
         if unlike and not corrected and not self.allow_truncated_sampling:
             raise ValueError(
@@ -325,6 +331,12 @@ class PPOConfig(TrainingConfig):
             raise ValueError(
                 f"importance_floor: {self.importance_floor} must be below importance_cap ({self.importance_cap})"
             )
+        for token, bias in (self.logit_bias or {}).items():
+            if token < 0 or math.isnan(bias) or bias == math.inf:
+                raise ValueError(
+                    f"logit_bias: a token id from 0 up with a finite number, or -inf to forbid it, is expected, found "
+                    f"{token}: {bias}"
+                )
         if self.dual_clip is not None and self.delta is not None:
             raise ValueError("dual_clip, delta: they are the same limit; give one of them")
         if self.reference == "none" and self.reference_path is not None:

@@ -23,6 +23,7 @@ from base_setup.lora_setup import (
 )
 from base_setup.parameters import named_arrays
 from base_setup.tokenizer_setup import end_token_ids
+from config.errors import InvalidConfigurationError
 from config.training_config import TrainingConfig
 from models.decoding import complete
 from models.sampling import Sampling, uniforms_for
@@ -188,6 +189,16 @@ class FrozenPolicy:
         """Token logprobs ``(B, T)``."""
         return token_logprobs(self.model, tokens, mask, temperature, trunk=self.trunk)
 
+    def check_can_follow(self, policy: PolicyModel) -> None:
+        """Refuse a policy that trains weights which this one does not have."""
+        theirs = named_arrays(policy.model.trainable_parameters())
+        missing = sorted(theirs.keys() - named_arrays(self.model.parameters()).keys())
+        if missing:
+            raise InvalidConfigurationError(
+                f"reference_sync_every: the reference has no {missing[0]}, so it cannot follow this policy; give "
+                "policy.frozen_copy(), or leave it out"
+            )
+
     def follow(self, policy: PolicyModel, share: float) -> None:
         r"""Move towards the policy: ``reference ← share · policy + (1 − share) · reference``.
 
@@ -195,11 +206,9 @@ class FrozenPolicy:
         (TR-DPO, https://arxiv.org/abs/2404.09656). Mixed are the weights that train: with adapters their two
         factors, each by itself, and not the product.
         """
+        self.check_can_follow(policy)
         theirs = named_arrays(policy.model.trainable_parameters())
         mine = named_arrays(self.model.parameters())
-        missing = sorted(theirs.keys() - mine.keys())
-        if missing:
-            raise ValueError(f"the reference has no {missing[0]}, so it cannot follow this policy")
         mixed = {
             name: array if share == 1 else share * array + (1 - share) * mine[name].astype(array.dtype)
             for name, array in theirs.items()

@@ -36,7 +36,7 @@ class LanguageModel:
     name: str
 
 
-def load_language_model(config: TrainingConfig) -> LanguageModel:
+def load_language_model(config: TrainingConfig, field: str = "model_name") -> LanguageModel:
     """The model that ``config.model_name`` names.
 
     Raises:
@@ -45,13 +45,13 @@ def load_language_model(config: TrainingConfig) -> LanguageModel:
     """
     if config.model_name == EMBEDDED:
         return build_embedded(config.embedded_model, config.seed)
-    name = existing_model(config.model_name)
+    name = existing_model(config.model_name, field)
     try:
         model, tokenizer, model_config = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(
-            f'model_name: "{config.model_name}" could not be loaded ({type(error).__name__}: {reason}); give a '
+            f'{field}: "{config.model_name}" could not be loaded ({type(error).__name__}: {reason}); give a '
             'folder with config.json and *.safetensors, a Hugging Face name that can be reached, or "embedded"'
         ) from error
     loaded = LanguageModel(model, tokenizer, model_config, config.model_name)

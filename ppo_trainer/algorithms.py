@@ -36,6 +36,8 @@ class Algorithm:
     credit: CreditFunction  # Â and the value targets
     needs_critic: bool = False
     needs_groups: bool = False  # compares completions of one prompt, so it needs at least two
+    needs_others: bool = False  # compares completions of one batch, so it needs at least two
+    weighs_rewards_apart: bool = False  # normalises each reward by itself, so their sum has no scale
     needs_greedy: bool = False  # compares with the likeliest answer to the same prompt
     ratio: RatioLevel = "token"
     surrogate: Surrogate = "clipped"
@@ -199,6 +201,7 @@ At ρ = 1 its gradient is ``grpo``'s."""
 GDPO = Algorithm(
     name="gdpo",
     credit=from_each_reward,
+    weighs_rewards_apart=True,
     needs_groups=True,
     reduction="sequence_mean",
     defaults={"group_size": 8, "kl_coef": 0.0},
@@ -248,6 +251,7 @@ Unbiased, for one update per batch. Â is G/(G−1) times ``dr_grpo``'s. TRL's R
 REINFORCE = Algorithm(
     name="reinforce",
     credit=from_return_and_others,
+    needs_others=True,
     surrogate="unclipped",
     reduction="sequence_sum",
     kl_placement="reward",

@@ -85,11 +85,11 @@ class ExperienceMaker:
 
         group_ids = mx.array([r.prompt.index for r in rollouts])
         components, weights = self._components(scored, rewards, batch.mask)
-        greedy = mx.array(greedy_scores) if greedy_scores is not None else None
+        greedy = self.shaper.comparable(mx.array(greedy_scores)) if greedy_scores is not None else None
         what_counts = Scored(scores, rewards, values, batch.mask, group_ids, components, weights, greedy)
         advantages, returns = assign_credit(self.algorithm.credit, what_counts, self.config)
         if trainer is not None and self.config.top_entropy_quantile < 1:
-            advantages = self._at_forks(advantages, trainer.entropy, batch.mask)
+            advantages = self._at_forks(advantages, trainer.entropy, self._learned_from(batch, rollouts))
         old = None if trainer is None or single_update else trainer.logprobs
         if self.config.old_logprobs_from == "rollout":
             old = batch.sampler_logprobs
@@ -106,7 +106,7 @@ class ExperienceMaker:
         # One evaluation: everything the update will read many times over.
         mx.eval(experience)
         k1 = None
-        if trainer is not None and ref is not None:
+        if trainer is not None and ref is not None and bool(mx.any(batch.mask)):
             k1 = kl_per_token(trainer.logprobs, ref, "k1", batch.mask)
         metrics = self._metrics(experience, batch.mask, scores, rewards, k1, group_ids)
         return experience, {**score_metrics(self.rewards, scored), **length_metrics(rollouts), **metrics}

@@ -123,6 +123,7 @@ class PPOTrainer:
         if tokenizer is not None:
             check_vocabulary(tokenizer, vocabulary_size(base.model, base.config), "tokenizer")
             base = replace(base, tokenizer=tokenizer)
+        _check_biased_tokens(config, vocabulary_size(base.model, base.config))
         self.policy = policy or PolicyModel(base, config)
         self.rewards = RewardSet.build(
             _for_tokenizer(reward_model, base.tokenizer) if reward_model is not None else "well_formed",
@@ -132,6 +133,8 @@ class PPOTrainer:
         self.reference = reference or build_reference(
             self.policy, config, fresh=policy is None and config.adapter_path is None
         )
+        if self.reference is not None and config.reference_sync_every is not None:
+            self.reference.check_can_follow(self.policy)
         self.kl_controller = self._build_controller()
         self.rollout_policy = RolloutPolicy(
             self.policy,
@@ -483,6 +486,15 @@ def _for_tokenizer(reward: Any, tokenizer: TokenizerWrapper) -> Any:
     if isinstance(reward, Mapping):
         return {_for_tokenizer(part, tokenizer): weight for part, weight in reward.items()}
     return reward
+
+
+def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
+    """Refuse a bias for a token that the model does not have."""
+    for token in config.logit_bias or {}:
+        if token >= vocabulary:
+            raise InvalidConfigurationError(
+                f"logit_bias: token {token} is not in the model's vocabulary of {vocabulary} tokens"
+            )
 
 
 def _prepare_folder(name: str | Path) -> Path:

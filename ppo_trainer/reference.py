@@ -66,7 +66,9 @@ def _from_path(policy: PolicyModel, config: PPOConfig) -> FrozenPolicy:
     if _is_adapter(path):
         second = PolicyModel(policy.base, config.replace(adapter_path=str(path)))
         return second.frozen_copy(origin=f"{policy.base.name} with the adapter {path}")
-    other = load_language_model(config.replace(model_name=config.reference_path, adapter_path=None))
+    other = load_language_model(
+        config.replace(model_name=config.reference_path, adapter_path=None), "reference_path"
+    )
     mine = vocabulary_size(policy.base.model, policy.base.config)
     theirs = vocabulary_size(other.model, other.config)
     if mine != theirs:

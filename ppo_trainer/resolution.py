@@ -13,6 +13,12 @@ RIGHT_IN_REWARD = ("k1",)
 RIGHT_IN_LOSS = ("k2", "mse", "k3", "k3_plain", "full")
 ON_POLICY_ONLY = ("k2", "mse")
 
+#: The fields in which None means the row's; in others (a cap, a clip) it means none.
+COLUMNS = ("ratio", "surrogate", "reduction", "kl_placement", "kl_estimator")
+
+#: Options that only one surrogate reads.
+OWNERS = {"dual_clip": "clipped", "delta": "clipped", "ratio_cap": "cispo"}
+
 
 def resolve_config(config: PPOConfig, algorithm: Algorithm) -> PPOConfig:
     """The config with the row's columns filled in, checked against what the row needs.
@@ -20,13 +26,20 @@ def resolve_config(config: PPOConfig, algorithm: Algorithm) -> PPOConfig:
     Raises:
         InvalidConfigurationError: one sentence, before any weight is loaded.
     """
-    config = config.with_defaults({"algorithm": algorithm.name, **algorithm.defaults})
+    _check_placement(config, algorithm)
+    defaults = dict(algorithm.defaults)
+    if config.surrogate not in (None, algorithm.surrogate):
+        for name in OWNERS:  # a limit of the row's own surrogate goes with it
+            defaults.pop(name, None)
+    config = config.with_defaults({"algorithm": algorithm.name, **defaults})
     # A column that was set to None on purpose means the same as one that was not set.
     columns = _columns_for(config, algorithm)
-    empty = {name: value for name, value in columns.items() if getattr(config, name) is None}
+    empty = {name: columns[name] for name in COLUMNS if getattr(config, name) is None}
     config = config.replace(**empty) if empty else config
     _check_groups(config, algorithm)
     _check_surrogate(config)
+    _check_scores(config, algorithm)
+    _check_idle(config)
     _check_kl(config)
     _check_controller(config)
     if config.reference_sync_every is not None and (
@@ -72,6 +85,10 @@ def _asks_for_kl(config: PPOConfig) -> bool:
 
 def _check_groups(config: PPOConfig, algorithm: Algorithm) -> None:
     needs = [algorithm.name] if algorithm.needs_groups else []
+    if algorithm.needs_others and config.batch_size * config.group_size < 2:
+        raise InvalidConfigurationError(
+            f"batch_size: {algorithm.name} compares the completions of a batch and needs at least 2 of them"
+        )
     needs += ["dynamic_sampling"] if config.dynamic_sampling else []
     if needs and config.group_size < 2:
         raise InvalidConfigurationError(
@@ -81,7 +98,7 @@ def _check_groups(config: PPOConfig, algorithm: Algorithm) -> None:
 
 
 def _check_surrogate(config: PPOConfig) -> None:
-    for name, surrogate in (("dual_clip", "clipped"), ("delta", "clipped"), ("ratio_cap", "cispo")):
+    for name, surrogate in OWNERS.items():
         if getattr(config, name) is not None and config.surrogate != surrogate:
             raise InvalidConfigurationError(
                 f'{name}: it belongs to the surrogate "{surrogate}", and {config.algorithm} has '
@@ -94,6 +111,45 @@ def _check_surrogate(config: PPOConfig) -> None:
         raise InvalidConfigurationError(
             f"delta: more than 1 + clip_epsilon_high = {1 + high:g} is needed, found {config.delta}"
         )
+
+
+def _check_scores(config: PPOConfig, algorithm: Algorithm) -> None:
+    for name in ("score_scaling", "score_clip"):
+        if algorithm.weighs_rewards_apart and getattr(config, name) not in (None, "none"):
+            raise InvalidConfigurationError(
+                f"{name}: {algorithm.name} normalises each reward by itself, so the scale of their sum is not used; "
+                "leave it out, or scale or limit the reward itself"
+            )
+    if config.whiten_rewards and algorithm.needs_groups:
+        raise InvalidConfigurationError(
+            f"whiten_rewards: it scales rewards per token, and {algorithm.name} compares whole completions; leave it "
+            "out, or set whiten_advantages"
+        )
+
+
+def _check_placement(config: PPOConfig, algorithm: Algorithm) -> None:
+    """Refuse a KL that is placed on purpose and weighs nothing because the row has none of its own."""
+    placed = config.kl_placement in ("reward", "loss") and not config.was_set("kl_coef")
+    if placed and algorithm.defaults.get("kl_coef") == 0:
+        raise InvalidConfigurationError(
+            f"kl_placement: {algorithm.name} has no KL of its own, so its weight is 0; set kl_coef too"
+        )
+
+
+def _check_idle(config: PPOConfig) -> None:
+    """Refuse what was set on purpose and would do nothing."""
+    idle = {
+        "reference_mixup": config.reference_sync_every is None and "reference_sync_every",
+        "dynamic_sampling_reward": not config.dynamic_sampling and "dynamic_sampling",
+        "sapo_temperature_pos": config.surrogate != "sapo" and 'surrogate = "sapo"',
+        "sapo_temperature_neg": config.surrogate != "sapo" and 'surrogate = "sapo"',
+    }
+    for name, needs in idle.items():
+        default = type(config).__dataclass_fields__[name].default.default
+        if needs and config.was_set(name) and getattr(config, name) != default:
+            raise InvalidConfigurationError(
+                f"{name}: it does nothing without {needs}; set that, or leave it out"
+            )
 
 
 def _check_kl(config: PPOConfig) -> None:
@@ -118,6 +174,12 @@ def _check_kl(config: PPOConfig) -> None:
                 f"kl_estimator: {estimator} in the loss has the reverse KL's gradient on-policy only, and here "
                 f'{updates_per_batch(config)} updates follow each batch; use "k3", make it one update '
                 "(num_epochs_per_rollout, minibatch_size), or set allow_biased_kl = true"
+            )
+        if estimator in ON_POLICY_ONLY and config.unlike_policy and config.correction == "none":
+            raise InvalidConfigurationError(
+                f"kl_estimator: {estimator} in the loss has the reverse KL's gradient on-policy only, and nothing "
+                f'corrects for {" and ".join(config.unlike_policy)}; use "k3", set importance_correction, or set '
+                "allow_biased_kl = true"
             )
         if estimator not in RIGHT_IN_LOSS:
             raise InvalidConfigurationError(

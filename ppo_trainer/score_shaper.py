@@ -19,6 +19,15 @@ class ScoreShaper:
         self.config = config
         self.moments = RunningMoments()
 
+    def comparable(self, raw: mx.array) -> mx.array:
+        """Scores ``(B,)`` at the scale and within the limits of :meth:`shape`, which has been called before."""
+        config, scores = self.config, raw
+        if config.score_scaling != "none":
+            scores = self.moments.scale(scores, config.score_scaling)
+        if config.score_clip is not None:
+            scores = clip_scores(scores, -config.score_clip, config.score_clip)
+        return scores
+
     def shape(self, raw: mx.array, rollouts: Sequence[Rollout]) -> mx.array:
         """Scores ``(B,)`` float32 in this order: running scale, clip, missing end, overlong.
 
@@ -27,9 +36,7 @@ class ScoreShaper:
         config, scores = self.config, raw
         if config.score_scaling != "none":
             self.moments.update(raw)  # the batch counts among those it is scaled by
-            scores = self.moments.scale(scores, config.score_scaling)
-        if config.score_clip is not None:
-            scores = clip_scores(scores, -config.score_clip, config.score_clip)
+        scores = self.comparable(raw)
         scorable = ~mx.isnan(raw)
         if config.missing_end_penalty > 0:
             terminated = mx.array([r.terminated for r in rollouts])

@@ -392,10 +392,8 @@ def test_half_of_a_policy_is_half_way(tmp_path: Path) -> None:
     """A bandit whose reference follows loses its anchor: it ends nearer to the best action than with a fixed one."""
     bandit = Bandit([0.0, 0.5], [1.0, 0.0])
     ends = []
-    for every in (None, 5):
-        trainer = bandit.learn(
-            tmp_path, "dr_grpo", kl_coef=1.0, steps=30, reference_sync_every=every, reference_mixup=0.5
-        )
+    for options in ({}, {"reference_sync_every": 5, "reference_mixup": 0.5}):
+        trainer = bandit.learn(tmp_path, "dr_grpo", kl_coef=1.0, steps=30, **options)
         ends.append(bandit.probabilities(trainer)[0])
     np.testing.assert_allclose(ends[0], bandit.optimum(1.0)[0], atol=0.03)
     assert ends[1] > ends[0] + 0.05

@@ -372,7 +372,7 @@ COLUMNS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_column_in_the_config_wins_over_the_rows(name: str) -> None:
-    config = resolve(name, **COLUMNS)
+    config = resolve(name, **COLUMNS, kl_coef=0.1)
     assert {column: getattr(config, column) for column in COLUMNS} == COLUMNS
 
 
@@ -409,3 +409,47 @@ def test_a_limit_set_to_none_on_purpose_is_none(name: str, option: str) -> None:
     """In these fields None says something: no limit; the same as below."""
     assert getattr(resolve(name), option) is not None
     assert getattr(resolve(name, **{option: None}), option) is None
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "field"),
+    [
+        ("grpo", {"reference_mixup": 0.5}, "reference_mixup"),
+        ("grpo", {"dynamic_sampling_reward": "right"}, "dynamic_sampling_reward"),
+        ("grpo", {"sapo_temperature_neg": 2.0}, "sapo_temperature_neg"),
+        ("dr_grpo", {"kl_placement": "loss"}, "kl_placement"),
+        ("grpo", {"whiten_rewards": True}, "whiten_rewards"),
+        ("reinforce", {"batch_size": 1, "group_size": 1}, "batch_size"),
+    ],
+)
+def test_what_was_set_on_purpose_and_would_do_nothing_is_refused(
+    algorithm: str, options: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidConfigurationError, match=f"^{field}: "):
+        resolve(algorithm, **options)
+
+
+def test_the_same_options_where_they_do_something() -> None:
+    resolve("grpo", reference_mixup=0.5, reference_sync_every=1)
+    resolve("dapo", dynamic_sampling_reward="right")
+    resolve("sapo", sapo_temperature_neg=2.0)
+    resolve("dr_grpo", kl_placement="loss", kl_coef=0.1)
+    resolve("ppo", whiten_rewards=True)
+    resolve("reinforce", batch_size=2, group_size=1)
+    resolve("grpo", reference_mixup=1.0)  # what it is anyway
+
+
+@pytest.mark.parametrize("bias", [{-1: 1.0}, {3: float("nan")}, {3: float("inf")}])
+def test_a_bias_that_cannot_be_added_is_refused(bias: dict[int, float]) -> None:
+    with pytest.raises(InvalidConfigurationError, match="logit_bias: a token id from 0 up"):
+        PPOConfig(logit_bias=bias, importance_correction="token_truncate")
+    PPOConfig(logit_bias={3: float("-inf")}, importance_correction="token_truncate")
+
+
+@pytest.mark.parametrize("unlike", [{"top_p": 0.9}, {"rollout_policy": "copy"}])
+def test_on_policy_k2_needs_a_sampler_that_is_the_policy_or_weights(unlike: dict[str, Any]) -> None:
+    options = {**LOSS, "kl_estimator": "k2", **unlike}
+    for uncorrected in ({"old_logprobs_from": "rollout"}, {"allow_truncated_sampling": True}):
+        with pytest.raises(InvalidConfigurationError, match=r"kl_estimator: k2 .*nothing corrects for"):
+            resolve("grpo", **options, **uncorrected)
+    assert resolve("grpo", **options, importance_correction="token_truncate").kl_estimator == "k2"

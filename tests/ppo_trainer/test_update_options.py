@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from config.errors import InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from experience_buffer.buffer_manager import ExperienceBuffer
 from experience_buffer.data_structures import Experience, Prompt, Rollout
@@ -629,3 +630,8 @@ def test_what_the_correction_and_the_mask_leave_out_stays_in_the_denominator(
         weighted.append(a * w * kept / (N if reduction == "token_mean" else 6 * len(TEXTS[row])))
     assert any(weighted)
     np.testing.assert_allclose(found, expected(weighted, 1.0), atol=1e-6)
+
+
+def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigurationError, match="logit_bias: token 99999 is not in the model's"):
+        make(tmp_path, logit_bias={99999: 1.0}, importance_correction="token_truncate")
