@@ -84,7 +84,7 @@ def length_weighted_advantages(scores: mx.array, lengths: mx.array, group_ids: m
 
     .. math:: A_i = s_i - \frac{\sum_j n_j s_j}{\sum_j n_j}
 
-    over the scorable rows j of the group (https://arxiv.org/abs/2505.23585, eq. 7): the baseline of least
+    over the scorable rows j of the group (https://arxiv.org/abs/2505.23585): the baseline of least
     variance if the squared gradient of a completion grows with its length n. Equal lengths give the plain mean.
 
     Args:

@@ -240,7 +240,7 @@ RLOO = Algorithm(
     kl_estimator="k1",
     defaults={"group_size": 4, "kl_coef": 0.03},
 )
-"""REINFORCE leave-one-out (Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3.4): a completion is one
+"""REINFORCE leave-one-out (Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 2.3): a completion is one
 action, and its baseline is the mean of the others of its group.
 
     R_i = s_i − β Σ_t k1_t,   Â_i = R_i − mean_{j≠i} R_j,   L = mean over completions of −Â_i exp(Σ_t log π − log π_old)
@@ -292,7 +292,8 @@ whole batch rather than the group's, and k2 in the loss (section 3.2).
     Â = whiten over the batch's tokens(s_i − mean_g),   L = mean over tokens of −min(ρÂ, clip(ρ, 1±ε)Â) + β k2
 
 k2 in the loss has the reverse KL's gradient on-policy only: for several updates per batch set
-``kl_estimator = "k3"``."""
+``kl_estimator = "k3"``. The paper prints no coefficient for it; 0.01 is ours (the authors' scripts have 1e-5 and 1e-4).
+Mean and deviation are taken over tokens, as in OpenRLHF and verl."""
 
 REMAX = Algorithm(
     name="remax",
@@ -304,7 +305,7 @@ REMAX = Algorithm(
     kl_estimator="k1",
     defaults={"gamma": 1.0, "kl_coef": 0.1},
 )
-"""ReMax (Li et al. 2023, https://arxiv.org/abs/2310.10505, algorithm 2): REINFORCE whose baseline is the score of the
+"""ReMax (Li et al. 2023, https://arxiv.org/abs/2310.10505): REINFORCE whose baseline is the score of the
 likeliest answer to the same prompt, which costs one more decoding per prompt.
 
     Â_t = Σ_{k≥t} r_k − score(greedy),   L = mean over completions of Σ over tokens of −ρÂ

@@ -184,7 +184,8 @@ class ExperienceMaker:
         """Advantages at the tokens of highest entropy, 0 elsewhere: the forks of a chain of thought.
 
         https://arxiv.org/abs/2506.01939 learns from the top fifth of the batch's tokens. The threshold is the
-        batch's, so it does not depend on how the batch is split.
+        batch's, so it does not depend on how the batch is split. Means go on dividing by all tokens, as in the
+        paper's formula and TRL; the authors' code divides by the chosen ones, so its steps are 1/share as long.
         """
         measured = np.array(entropy)[np.array(mask)]
         if measured.size == 0:
