@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from pydantic import model_validator
@@ -70,7 +69,9 @@ class PPOConfig(TrainingConfig):
     quantize_for_rollouts: bool = option(
         default=False, meaning="Sample from a copy quantised anew at each synchronisation."
     )
-    rollout_bits: Literal[2, 3, 4, 6, 8] = option(default=4, meaning="Bits per weight of the quantised copy.")
+    rollout_bits: Literal[2, 3, 4, 6, 8] = option(
+        default=4, meaning="Bits per weight of the quantised copy; layers quantised already keep theirs."
+    )
     rollout_quant_group_size: Literal[32, 64, 128] = option(
         default=64, meaning="Weights per scale of the quantised copy."
     )
@@ -332,7 +333,7 @@ class PPOConfig(TrainingConfig):
                 f"importance_floor: {self.importance_floor} must be below importance_cap ({self.importance_cap})"
             )
         for token, bias in (self.logit_bias or {}).items():
-            if token < 0 or math.isnan(bias) or bias == math.inf:
+            if token < 0 or not bias < 3.4e38:  # what float32 holds; NaN too
                 raise ValueError(
                     f"logit_bias: a token id from 0 up with a finite number, or -inf to forbid it, is expected, found "
                     f"{token}: {bias}"

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 class Sampling(NamedTuple):
     """The distribution sampled from; the defaults are the model's own, at temperature 1."""
@@ -48,7 +50,7 @@ def check_sampling(sampling: Sampling) -> None:
     if sampling.repetition_context < 1:
         raise ValueError(f"repetition_context must be at least 1, but it is {sampling.repetition_context}")
     for token, bias in sampling.logit_bias:
-        if token < 0 or math.isnan(bias) or bias == math.inf:
+        if token < 0 or not bias <= FLOAT32_MAX:  # NaN too
             raise ValueError(
                 f"logit_bias: a token id and a finite number or -inf are expected, found {token}: {bias}"
             )
@@ -71,7 +73,7 @@ class LogitChanges:
                     raise ValueError(
                         f"logit_bias: token {token} is not in the vocabulary of {vocabulary} tokens"
                     )
-                bias[token] = amount
+                bias[token] += amount
             if (bias == -math.inf).all():
                 raise ValueError(
                     f"logit_bias: all {vocabulary} tokens are forbidden, so there is none to draw"
@@ -90,6 +92,8 @@ class LogitChanges:
 
     def append(self, tokens: mx.array) -> None:
         """The tokens ``(B,)`` that were drawn become the most recent."""
+        if self.penalty == 1.0:
+            return  # nobody reads them, and what nobody evaluates grows
         self.recent = mx.concatenate([self.recent[:, 1:], tokens[:, None]], axis=1)
 
     def keep(self, rows: mx.array) -> None:

@@ -224,6 +224,8 @@ class PPOTrainer:
         self._adapt_kl(metrics, len(rollouts))
         self._refresh_reference()
         metrics |= {"step": self.step, "epoch": epoch, "episode": self.episodes, **collected, **clock.laps}
+        if not self.rollout_policy.is_current:
+            metrics["sampling/policy_age"] = self.step - self.rollout_policy.synced_at
         metrics |= _speed(rollouts, clock.laps)
         told("on_step_end", self.step, metrics)
         told("on_samples", self.step, self._latest_samples)
