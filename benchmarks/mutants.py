@@ -1,17 +1,25 @@
 """Plant the usual mistakes one by one and see that some test notices: the table in docs/correctness.md.
 
     ./run mutants                      all of them, two at a time
-    ./run mutants --only kl-sign --list --markdown
+    ./run mutants --only kl-sign --markdown
+    ./run mutants --list
+    ./run mutants --output verdicts.json
 
-A mutant is one replacement in one file. For each, the named tests run in a copy of the checkout; it is caught if
-they fail. Exit code 1 if any survives, if its text is no longer there exactly once, or if a test is not there.
+A mutant is one replacement in one file. For each, the named tests run in a copy of the checkout. It is caught if one
+of them fails by what it asserts, or because our own code refuses in a sentence, and if that test passes without the
+mutant. A crash, a time limit or a failed collection is no catch: it says that something is broken, not what, and
+often it is the mutant. Exit code 1 if any survives or has no verdict; a mutant whose text does not stand in its file
+exactly once is an error, found before anything runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +30,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT = 300  # seconds per mutant; one that hangs is caught as well
+TIME_LIMIT = 300  # seconds per mutant
+#: How pytest tells a failed assertion, a refusal that did not come, and a sentence of config/errors.py.
+REFUSALS = ("InvalidConfiguration", "ModelLoad", "DataLoad", "Checkpoint", "TrainingRuntime", "Reward")
+NOTICED = re.compile(rf"assert |AssertionError|Failed: |(config\.errors\.)?({'|'.join(REFUSALS)})Error")
 
 
 class Mutant(NamedTuple):
@@ -36,23 +47,23 @@ class Mutant(NamedTuple):
     tests: str  # what should notice: pytest arguments
 
 
-#: The fifteen mistakes that implementations of RLHF make most.
+#: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add.
 MISTAKES = {
     1: "temperature missing in one of the forwards, or truncated sampling taken for the policy's",
     2: "off by one between logits and labels",
     3: "end token dropped from, or padding leaked into, masks and denominators",
     4: "pad = eos, or an end token in the last slot taken for truncation",
-    5: "loss averaged per micro-batch",
+    5: "loss averaged per micro-batch, or divided twice",
     6: "GAE reads padding; whitening over padding; returns from whitened advantages",
     7: "score on the wrong token",
     8: "KL: wrong sign, k1 as a loss, other estimators in the reward, plain k3 taken for reverse KL",
     9: "clip: min for max, upper epsilon ignored, gradient through the clipped branch",
     10: "old logprobs recomputed or not detached, so that the ratio is always 1",
-    11: "group statistics: groups mixed, self-inclusive baseline, wrong deviation, None read as 0",
+    11: "group statistics: groups mixed, self-inclusive baseline, wrong deviation, None as 0, truncated rows",
     12: "sequence ratio as a product instead of a geometric mean, or the other way round",
-    13: "value loss: min for max, clip around the return, missing half, shifted index",
+    13: "value loss: min for max, clip around the return, missing half, shifted index, gradient through targets",
     14: "optimiser: no bias correction, hidden weight decay, no clip; reference that is the policy",
-    15: "preference losses: sign of the margin, averaged logprobs, no reference, score at padding",
+    15: "preference losses: sign of the margin, pair or reference exchanged, score at padding; prompt in the loss",
     16: "rollouts not accounted for: weights inverted, differentiable, missing; dead groups by shaped scores",
 }
 
@@ -71,6 +82,7 @@ VALUES = "tests/training/test_value_loss.py"
 PREFERENCES = "tests/training/test_preference_loss.py"
 CORRECTION = "tests/training/test_importance_correction.py"
 COMPONENTS = "tests/test_ppo_components.py"
+OPTIONS = "tests/ppo_trainer/test_update_options.py"
 
 MUTANTS = (
     # 1
@@ -81,6 +93,22 @@ MUTANTS = (
         "temperature, with_gradient = self.config.temperature, self.config.entropy_coef != 0",
         "temperature, with_gradient = 1.0, self.config.entropy_coef != 0",
         f"{TRAINING} -k exact_and_afterwards",
+    ),
+    Mutant(
+        1,
+        "temperature-on-a-shared-trunk",
+        "ppo_trainer/objective.py",
+        "states, trunk.head, part.tokens, part.mask, temperature, entropy_gradient=with_gradient",
+        "states, trunk.head, part.tokens, part.mask, 1.0, entropy_gradient=with_gradient",
+        f"{TRAINING} -k exact_and_afterwards",
+    ),
+    Mutant(
+        1,
+        "temperature-of-the-full-kl",
+        "ppo_trainer/objective.py",
+        "temperature, trunk, theirs = self.config.temperature, self.policy.trunk, reference.trunk",
+        "temperature, trunk, theirs = 1.0, self.policy.trunk, reference.trunk",
+        f"{OPTIONS} -k exact_gradient",
     ),
     Mutant(
         1,
@@ -141,10 +169,18 @@ MUTANTS = (
     ),
     Mutant(
         2,
+        "first-token-lost",
+        "token_attribution/extractor.py",
+        "mask[row, len(prompt) - 1 : lengths[row] - 1] = True",
+        "mask[row, len(prompt) : lengths[row] - 1] = True",
+        "tests/token_attribution/test_extractor.py",
+    ),
+    Mutant(
+        2,
         "sampler-off-by-one",
         "token_attribution/extractor.py",
-        "start = len(rollout.prompt.ids) - 1",
-        "start = len(rollout.prompt.ids)",
+        "return TokenBatch(tokens, mask, mx.array(sampler))",
+        "return TokenBatch(tokens, mask, mx.array(np.roll(sampler, 1, axis=1)))",
         "tests/token_attribution/test_extractor.py",
     ),
     # 3
@@ -163,6 +199,22 @@ MUTANTS = (
         "count = true_count(mask, axis) if denominator is None else denominator",
         "count = mask.size if denominator is None else denominator",
         "tests/token_attribution/test_masking.py",
+    ),
+    Mutant(
+        3,
+        "padding-multiplied-by-zero",
+        "token_attribution/masking.py",
+        "return mx.where(mask.astype(mx.bool_), x.astype(mx.float32), 0.0)",
+        "return mask.astype(mx.float32) * x.astype(mx.float32)",
+        "tests/token_attribution/test_masking.py",
+    ),
+    Mutant(
+        3,
+        "last-sampled-token-out-of-the-mask",
+        "token_attribution/extractor.py",
+        "mask[row, len(prompt) - 1 : lengths[row] - 1] = True",
+        "mask[row, len(prompt) - 1 : lengths[row] - 2] = True",
+        "tests/token_attribution/test_extractor.py",
     ),
     Mutant(
         3,
@@ -215,6 +267,22 @@ MUTANTS = (
         "tokens.entropy, mask, max(whole.n_tokens, 1)",
         "tokens.entropy, mask, None",
         f"{IDENTITIES} -k one_by_eight",
+    ),
+    Mutant(
+        5,
+        "value-loss-per-micro-batch",
+        "ppo_trainer/objective.py",
+        "count = max(whole.n_tokens, 1)\n        return value_loss",
+        "count = mx.sum(part.mask)\n        return value_loss",
+        f"{TRAINING} -k 'micro_batches_add_up or whatever_the_micro_batch'",
+    ),
+    Mutant(
+        5,
+        "divided-twice",
+        "training/model_trainer.py",
+        "        norm = mx.sqrt(tree_reduce",
+        "        gradients = tree_map(lambda g: g / len(extras), gradients)\n        norm = mx.sqrt(tree_reduce",
+        f"{OPTIMISER} -k micro",
     ),
     Mutant(
         5,
@@ -279,6 +347,14 @@ MUTANTS = (
     ),
     Mutant(
         7,
+        "score-one-late",
+        "reward_kl/reward_computer.py",
+        "is_last = positions == last_true_index(mask)[:, None]",
+        "is_last = positions == last_true_index(mask)[:, None] + 1",
+        "tests/reward_kl/test_reward_computer.py",
+    ),
+    Mutant(
+        7,
         "score-on-the-last-column",
         "reward_kl/reward_computer.py",
         "is_last = positions == last_true_index(mask)[:, None]",
@@ -304,10 +380,26 @@ MUTANTS = (
     ),
     Mutant(
         8,
+        "k3-turned-round",
+        "reward_kl/kl_divergence.py",
+        "reversed_ratio = mx.minimum(-log_ratio, MAX_LOG_RATIO)",
+        "reversed_ratio = mx.minimum(log_ratio, MAX_LOG_RATIO)",
+        KL,
+    ),
+    Mutant(
+        8,
+        "reference-with-gradient",
+        "reward_kl/kl_divergence.py",
+        "log_ratio = logprobs.astype(mx.float32) - mx.stop_gradient(ref_logprobs).astype(mx.float32)  # (B, T)",
+        "log_ratio = logprobs.astype(mx.float32) - ref_logprobs.astype(mx.float32)  # (B, T)",
+        KL,
+    ),
+    Mutant(
+        8,
         "k1-as-a-loss",
         "ppo_trainer/resolution.py",
-        'if estimator == "k1":',
-        'if estimator == "never":',
+        '        if estimator == "k1":\n            raise',
+        '        if estimator == "k1":\n            return\n            raise',
         "tests/ppo_trainer/test_resolution.py",
     ),
     Mutant(
@@ -409,6 +501,14 @@ MUTANTS = (
     ),
     Mutant(
         9,
+        "loss-clipped-and-not-the-ratio",
+        "training/policy_loss.py",
+        "clipped = -mx.clip(r, 1.0 - clip_epsilon, 1.0 + high) * advantages",
+        "clipped = mx.clip(-r * advantages, 1.0 - clip_epsilon, 1.0 + high)",
+        LOSS,
+    ),
+    Mutant(
+        9,
         "dual-clip-everywhere",
         "training/policy_loss.py",
         "losses = mx.where(advantages < 0, mx.minimum(-dual_clip * advantages, losses), losses)",
@@ -442,6 +542,14 @@ MUTANTS = (
     ),
     Mutant(
         10,
+        "every-step-is-the-first",
+        "ppo_trainer/updater.py",
+        "first=not _has_moved(reports)",
+        "first=True",
+        f"{TRAINING} -k second_epoch",
+    ),
+    Mutant(
+        10,
         "advantages-not-detached",
         "training/policy_loss.py",
         "    advantages = zero_masked(mx.stop_gradient(_per_token(advantages, mask)), mask)  # (B, T)\n"
@@ -457,6 +565,38 @@ MUTANTS = (
         "advantage/group_relative.py",
         "    same_group = group_ids[:, None] == group_ids[None, :]  # (B, B)",
         "    same_group = mx.ones((scores.size, scores.size), dtype=mx.bool_)  # (B, B)",
+        GROUPS,
+    ),
+    Mutant(
+        11,
+        "groups-by-place",
+        "advantage/group_relative.py",
+        "    same_group = group_ids[:, None] == group_ids[None, :]  # (B, B)",
+        "    place = mx.arange(scores.size) // 2\n    same_group = place[:, None] == place[None, :]  # (B, B)",
+        GROUPS,
+    ),
+    Mutant(
+        11,
+        "unscorable-counted-as-zero",
+        "advantage/group_relative.py",
+        "members = same_group & scorable[None, :]  # (B, B), True",
+        "members = same_group  # (B, B), True",
+        GROUPS,
+    ),
+    Mutant(
+        11,
+        "deviation-of-the-batch",
+        "advantage/group_relative.py",
+        'std = groups.std if scale == "group" else',
+        'std = groups.std if scale == "never" else',
+        GROUPS,
+    ),
+    Mutant(
+        11,
+        "divided-by-a-deviation-of-zero",
+        "advantage/group_relative.py",
+        "return groups.centred / nonzero_denominator(std + eps)",
+        "return groups.centred / std",
         GROUPS,
     ),
     Mutant(
@@ -496,10 +636,18 @@ MUTANTS = (
         "truncated-out-of-the-baseline",
         "ppo_trainer/experience_maker.py",
         "batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])",
-        "ended = mx.array([r.terminated for r in rollouts])\n"
-        "        raw = mx.where(self.config.mask_truncated_completions & ~ended, mx.nan, raw)\n"
+        "if self.config.mask_truncated_completions:\n"
+        "            raw = mx.where(mx.array([r.terminated for r in rollouts]), raw, mx.nan)\n"
         "        batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])",
         "tests/ppo_trainer/test_scores.py",
+    ),
+    Mutant(
+        11,
+        "truncated-teach-all-the-same",
+        "ppo_trainer/experience_maker.py",
+        "return batch.mask & mx.array([r.terminated for r in rollouts])[:, None]",
+        "return batch.mask",
+        "tests/ppo_trainer/test_scores.py -k truncated",
     ),
     # 12
     Mutant(
@@ -526,6 +674,14 @@ MUTANTS = (
         '    ratio="sequence",',
         IDENTITIES,
     ),
+    Mutant(
+        12,
+        "sequence-mean-is-a-sum",
+        "training/policy_loss.py",
+        "row_means = masked_mean(per_token, mask, axis=1)  # (B,)",
+        "row_means = masked_sum(per_token, mask, axis=1)  # (B,)",
+        LOSS,
+    ),
     # 13
     Mutant(
         13,
@@ -541,6 +697,30 @@ MUTANTS = (
         "training/value_loss.py",
         "return 0.5 * masked_mean(mx.maximum(clipped, unclipped), mask, denominator)",
         "return masked_mean(mx.maximum(clipped, unclipped), mask, denominator)",
+        VALUES,
+    ),
+    Mutant(
+        13,
+        "value-clip-around-the-return",
+        "training/value_loss.py",
+        "limited = mx.clip(values, old_values - clip_range_value, old_values + clip_range_value)",
+        "limited = mx.clip(values, returns - clip_range_value, returns + clip_range_value)",
+        VALUES,
+    ),
+    Mutant(
+        13,
+        "returns-with-gradient",
+        "training/value_loss.py",
+        "returns = zero_masked(mx.stop_gradient(returns), mask)",
+        "returns = zero_masked(returns, mask)",
+        VALUES,
+    ),
+    Mutant(
+        13,
+        "old-values-with-gradient",
+        "training/value_loss.py",
+        "old_values = zero_masked(mx.stop_gradient(old_values), mask)",
+        "old_values = zero_masked(old_values, mask)",
         VALUES,
     ),
     Mutant(
@@ -578,10 +758,18 @@ MUTANTS = (
     ),
     Mutant(
         14,
+        "not-finite-all-the-same",
+        "training/model_trainer.py",
+        "skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))",
+        "skipped = False",
+        OPTIMISER,
+    ),
+    Mutant(
+        14,
         "reference-is-the-policy",
         "models/policy_model.py",
-        "copy = share_weights(self.model)",
-        "copy = self.model",
+        "return FrozenPolicy(copy, origin)",
+        "return FrozenPolicy(self.model, origin)",
         f"{TRAINING} -k 'neither_the_base_nor'",
     ),
     Mutant(
@@ -619,6 +807,30 @@ MUTANTS = (
     ),
     Mutant(
         15,
+        "one-reference-for-both",
+        "training/preference_loss.py",
+        "implicit_reward(rejected, ref_rejected, beta)",
+        "implicit_reward(rejected, ref_chosen, beta)",
+        PREFERENCES,
+    ),
+    Mutant(
+        15,
+        "pair-turned-round",
+        "training/reward_trainer.py",
+        "return scores[picked[:, 0]], scores[picked[:, 1]]",
+        "return scores[picked[:, 1]], scores[picked[:, 0]]",
+        "tests/training/test_reward_trainer.py",
+    ),
+    Mutant(
+        15,
+        "prompt-in-the-loss",
+        "training/sft_trainer.py",
+        "return -mx.sum(self.policy.logprobs(tokens, mask)) / count",
+        "return -mx.sum(self.policy.logprobs(tokens, mx.ones_like(mask))) / count",
+        "tests/training/test_sft_trainer.py",
+    ),
+    Mutant(
+        15,
         "score-at-padding",
         "models/reward_model.py",
         "last = mx.take_along_axis(states, lengths[:, None, None] - 1, axis=1)[:, 0]  # (B, D)",
@@ -649,6 +861,22 @@ MUTANTS = (
         'if self._correction != "none":',
         "if False:",
         SAMPLERS,
+    ),
+    Mutant(
+        16,
+        "weight-left-out-of-the-kl",
+        "ppo_trainer/objective.py",
+        'return ratio * kl_per_token(logprobs, part.ref_logprobs, "k3", part.mask), True',
+        'return ratio * kl_per_token(logprobs, part.ref_logprobs, "k3", part.mask), False',
+        f"{SAMPLERS} {OPTIONS} -k estimated_kl",
+    ),
+    Mutant(
+        16,
+        "weight-of-a-mean-for-a-sequence",
+        "training/importance_correction.py",
+        "log_ratio = mx.broadcast_to(mx.sum(log_ratio, axis=1, keepdims=True), mask.shape)",
+        "log_ratio = mx.broadcast_to(mx.mean(log_ratio, axis=1, keepdims=True), mask.shape)",
+        CORRECTION,
     ),
     Mutant(
         16,
@@ -683,7 +911,7 @@ MUTANTS = (
         "ppo_trainer/objective.py",
         "objective = objective - config.entropy_coef * masked_mean(",
         "objective = objective + config.entropy_coef * masked_mean(",
-        "tests/ppo_trainer/test_update_options.py",
+        OPTIONS,
     ),
     Mutant(
         16,
@@ -691,7 +919,7 @@ MUTANTS = (
         "ppo_trainer/objective.py",
         "temperature, with_gradient = self.config.temperature, self.config.entropy_coef != 0",
         "temperature, with_gradient = self.config.temperature, False",
-        "tests/ppo_trainer/test_update_options.py",
+        OPTIONS,
     ),
 )
 
@@ -701,7 +929,7 @@ class Verdict(NamedTuple):
 
     mutant: Mutant
     caught_by: str  # the test that failed first; empty if none did
-    problem: str  # why there is no verdict; empty if there is one
+    problem: str  # why there is no verdict, or why it does not count; empty if there is one
     seconds: float
 
 
@@ -713,64 +941,100 @@ def problems(mutant: Mutant) -> str:
     count = source.read_text(encoding="utf-8").count(mutant.old)
     if count != 1:
         return f"{mutant.name}: its text stands {count} times in {mutant.file}, once is expected"
-    missing = [t for t in test_files(mutant) if not (ROOT / t).is_file()]
-    return f"{mutant.name}: there is no {missing[0]}" if missing else ""
+    files, words = selection(mutant)
+    missing = [file for file in files if not (ROOT / file).is_file()]
+    if missing:
+        return f"{mutant.name}: there is no {missing[0]}"
+    text = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+    unknown = [word for word in words.split() if word not in ("and", "or", "not") and word not in text]
+    return f'{mutant.name}: no test of {" ".join(files)} has "{unknown[0]}" in its name' if unknown else ""
 
 
-def test_files(mutant: Mutant) -> list[str]:
-    """The test files that are to notice it."""
-    return mutant.tests.partition(" -k ")[0].split()
+def selection(mutant: Mutant) -> tuple[list[str], str]:
+    """The test files that are to notice it, and pytest's -k expression, empty for all of their tests."""
+    files, _, words = mutant.tests.partition(" -k ")
+    return files.split(), " ".join(shlex.split(words))
 
 
 def judge(mutant: Mutant) -> Verdict:
     """Plant it in a copy of the checkout and run its tests."""
-    problem = problems(mutant)
-    if problem:
-        return Verdict(mutant, "", problem, 0.0)
     start = time.perf_counter()
+    files, words = selection(mutant)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "checkout"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "scratch", "__pycache__"))
+        copy = copy_of_checkout(folder)
         source = copy / mutant.file
         text = source.read_text(encoding="utf-8")
         source.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        files, _, keyword = mutant.tests.partition(" -k ")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            *files.split(),
-        ]
-        command += ["-k", keyword.strip("'")] if keyword else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        environment.pop("PYTHONPATH", None)  # the copy's packages, not the checkout's
-        try:
-            run = subprocess.run(
-                command,
-                cwd=copy,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=TIME_LIMIT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return Verdict(mutant, "the time limit", "", TIME_LIMIT)
+        run = pytest_in(copy, ["-x", *files, *(["-k", words] if words else [])], TIME_LIMIT)
     seconds = time.perf_counter() - start
-    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED ")]
+    if run is None:
+        return Verdict(mutant, "", f"nothing failed within {TIME_LIMIT} s", seconds)
+    failed = failures(run)
     if run.returncode == 1 and failed:
-        return Verdict(mutant, failed[0].removeprefix("FAILED ").split(" - ")[0], "", seconds)
+        (test, reason), *_ = failed.items()
+        if NOTICED.match(reason):
+            return Verdict(mutant, test, "", seconds)
+        return Verdict(mutant, "", f"{test} crashed, which is no catch: {reason}", seconds)
     if run.returncode == 0:
         return Verdict(mutant, "", "", seconds)
     last = (run.stdout + run.stderr).strip().splitlines()[-1:]
-    return Verdict(
-        mutant, "", f"{mutant.name}: pytest ended with {run.returncode}: {' '.join(last)}", seconds
-    )
+    return Verdict(mutant, "", f"pytest ended with {run.returncode}: {' '.join(last)}", seconds)
+
+
+def without_those_that_always_fail(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The control: a test that fails without any mutant has caught none."""
+    tests = sorted({v.caught_by for v in verdicts if v.caught_by})
+    if not tests:
+        return list(verdicts)
+    with tempfile.TemporaryDirectory() as folder:
+        run = pytest_in(copy_of_checkout(folder), tests, 2 * TIME_LIMIT)
+    if run is None or run.returncode not in (0, 1):
+        why = "ran out of time" if run is None else f"ended with {run.returncode}: {run.stdout[-300:]}"
+        raise RuntimeError(f"the control, the catching tests without any mutant, {why}")
+    always = failures(run)
+    return [
+        (
+            v._replace(caught_by="", problem=f"{v.caught_by} fails without it, too")
+            if v.caught_by in always
+            else v
+        )
+        for v in verdicts
+    ]
+
+
+def copy_of_checkout(folder: str) -> Path:
+    """A checkout of one's own to plant in, without environments, runs and caches."""
+    copy = Path(folder) / "checkout"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "scratch", "__pycache__"))
+    return copy
+
+
+def pytest_in(
+    checkout: Path, arguments: Sequence[str], limit: float
+) -> subprocess.CompletedProcess[str] | None:
+    """One run of pytest, or None if it took too long."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment["COLUMNS"] = "1000"  # pytest cuts the reasons in its summary to the width of the terminal
+    environment.pop("PYTHONPATH", None)  # the copy's packages, not the checkout's
+    try:
+        return subprocess.run(
+            command,
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def failures(run: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Which tests failed, each with the first line of why, from pytest's summary."""
+    lines = [line.removeprefix("FAILED ") for line in run.stdout.splitlines() if line.startswith("FAILED ")]
+    return {test: reason for test, _, reason in (line.partition(" - ") for line in lines)}
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
@@ -778,8 +1042,9 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
     lines = ["| # | mistake | planted | caught by |", "|---|---|---|---|"]
     for number, mistake in MISTAKES.items():
         for verdict in (v for v in verdicts if v.mutant.mistake == number):
-            test = verdict.caught_by.rpartition("/")[2] or verdict.problem or "**survived**"
-            lines.append(f"| {number} | {mistake} | {verdict.mutant.name} | `{test}` |")
+            caught_by = verdict.caught_by.rpartition("/")[2]
+            cell = f"`{caught_by}`" if caught_by else f"**{outcome(verdict)}**"
+            lines.append(f"| {number} | {mistake} | {verdict.mutant.name} | {cell} |")
             mistake = ""
     return "\n".join(lines)
 
@@ -791,25 +1056,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutants side by side")
     parser.add_argument("--list", action="store_true", help="print them and stop")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/correctness.md")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the verdicts as JSON")
     options = parser.parse_args(arguments)
     chosen = [m for m in MUTANTS if not options.only or m.name in options.only]
     if options.list:
         for mutant in chosen:
             print(f"{mutant.mistake:3d}  {mutant.name:42s} {mutant.file}")
         return 0
+    stale = [problem for problem in map(problems, chosen) if problem]
+    if stale:
+        print("\n".join(stale), file=sys.stderr)
+        return 1
     verdicts: list[Verdict] = []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for verdict in pool.imap(judge, chosen):
             verdicts.append(verdict)
-            outcome = verdict.problem or (
-                f"caught by {verdict.caught_by}" if verdict.caught_by else "SURVIVED"
-            )
-            print(f"{verdict.mutant.name:42s} {verdict.seconds:4.0f} s  {outcome}", flush=True)
-    escaped = [v for v in verdicts if not v.caught_by]
+            print(f"{verdict.mutant.name:42s} {verdict.seconds:4.0f} s  {outcome(verdict)}", flush=True)
+    checked = without_those_that_always_fail(verdicts)
+    for before, verdict in zip(verdicts, checked, strict=True):
+        if before != verdict:
+            print(f"{verdict.mutant.name:42s}         {outcome(verdict)}")
     if options.markdown:
-        print(markdown(verdicts))
-    print(f"{len(verdicts) - len(escaped)} of {len(verdicts)} caught")
-    return 1 if escaped else 0
+        print(markdown(checked))
+    if options.output is not None:
+        rows = [{**v.mutant._asdict(), **v._asdict(), "mutant": v.mutant.name} for v in checked]
+        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    caught = sum(bool(v.caught_by) for v in checked)
+    print(f"{caught} of {len(checked)} caught; the tests that caught them pass without the mutants")
+    return 0 if caught == len(checked) else 1
+
+
+def outcome(verdict: Verdict) -> str:
+    """A verdict in words."""
+    if verdict.problem:
+        return f"NO VERDICT: {verdict.problem}"
+    return f"caught by {verdict.caught_by}" if verdict.caught_by else "SURVIVED"
 
 
 if __name__ == "__main__":

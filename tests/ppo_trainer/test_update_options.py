@@ -178,7 +178,7 @@ def test_the_weight_of_a_token_multiplies_its_gradient(
     np.testing.assert_allclose(found, expected(weighted, FIXED), atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "full"])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])  # k3 times a ratio of 1 has the gradient of k2
 def test_an_estimated_kl_is_weighted_and_an_exact_one_is_not(tmp_path: Path, estimator: str) -> None:
     options = {"kl_coef": 0.5, "kl_estimator": estimator, "num_epochs_per_rollout": 1}
     correction = {"importance_correction": "token_truncate"}
