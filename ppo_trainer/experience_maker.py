@@ -26,7 +26,6 @@ from token_attribution.vocabulary import Wanted
 from training.value_loss import explained_variance
 
 
-
 class PolicyPass(NamedTuple):
     """What one forward of the policy says, each (B, T); None where nobody wants it."""
 
@@ -166,7 +165,10 @@ class ExperienceMaker:
             parts.append(part)
         if isinstance(parts[0], PolicyPass):
             return PolicyPass(
-                *(None if column[0] is None else mx.concatenate(column) for column in zip(*parts, strict=True))
+                *(
+                    None if column[0] is None else mx.concatenate(column)
+                    for column in zip(*parts, strict=True)
+                )
             )
         return mx.concatenate(parts)
 

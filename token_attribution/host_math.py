@@ -124,6 +124,15 @@ def logit_slopes(
     in_blocks(work, n, width)
 
 
+def scale_rows(x: np.ndarray, factors: np.ndarray) -> None:
+    """Multiply each row of ``x`` (n, V) by its factor, in place."""
+
+    def work(rows: slice) -> None:
+        np.multiply(x[rows], factors[rows, None], out=x[rows])
+
+    in_blocks(work, *x.shape)
+
+
 @cache
 def _threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
