@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from experience_buffer.data_structures import Experience

@@ -49,7 +49,7 @@ def fast_kernels() -> Iterator[None]:
 
 
 def _install(*functions: Callable[..., mx.array]) -> None:
-    mx.fast.scaled_dot_product_attention, nn.silu = functions[:2]  # type: ignore[assignment]
+    mx.fast.scaled_dot_product_attention, nn.silu = functions[:2]
     for module in _modules_with_swiglu():
         module.swiglu = functions[2]
 

@@ -39,6 +39,14 @@ def true_positions(mask: mx.array) -> mx.array:
     return mx.array(np.flatnonzero(np.array(mask)).astype(np.int32))
 
 
+def picked_states(states: mx.array, mask: mx.array) -> SampledStates:
+    """The same of states (B, T, D) that exist already."""
+    positions = true_positions(mask)
+    return SampledStates(
+        states.reshape(-1, states.shape[-1])[positions], positions, (mask.shape[0], mask.shape[1])
+    )
+
+
 def sampled_states(trunk: Trunk, tokens: mx.array, mask: mx.array) -> SampledStates:
     """States at the True positions of ``mask``, differentiable in the trunk's weights.
 

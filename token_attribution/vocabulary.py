@@ -40,6 +40,9 @@ class Wanted(NamedTuple):
     logprobs: bool = True
 
 
+LOGPROBS = Wanted()
+
+
 class Reading(NamedTuple):
     """What was computed at each of N positions, float32; None where it was not wanted."""
 
@@ -61,7 +64,7 @@ def read_vocabulary(
     targets: mx.array,
     temperature: float = 1.0,
     *,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = LOGPROBS,
     reference: Reference | None = None,
     head_module: nn.Module | None = None,
     for_gradient: bool = False,
@@ -141,10 +144,10 @@ class _Look:
         self.width = logits.shape[-1]
         targets = self.targets[chunk]
         if self.on_host:
-            z = host_math.view(self._own(logits))
+            own = host_math.view(self._own(logits))
             return self._stacked(
                 host_math.read_logits(
-                    z, host_math.view(targets), self.temperature, entropy=self.wanted.entropy
+                    own, host_math.view(targets), self.temperature, entropy=self.wanted.entropy
                 )
             )
         z = self._scaled(logits)
