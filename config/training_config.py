@@ -60,7 +60,7 @@ class TrainingConfig(Declaration):
     max_memory_gb: PositiveFloat | None = option(
         default=None,
         meaning="Memory that a run may take, in GB of 10^9 bytes: the largest micro_batch_size that is predicted to fit "
-        "is chosen, at most the one given. None = no limit.",
+        "is chosen, None = no limit.",
     )
     max_prompt_length: PositiveInt = option(
         default=512, meaning="Longest prompt, in tokens; longer ones are refused."

@@ -89,7 +89,9 @@ class AdamW(optim.AdamW):
             gradient, state = gradients.pop(name), _descend(self.state, name)
             parameter = _descend(model, name)
             if parameter.size > CHUNK:
-                parameter = mx.stop_gradient(parameter)  # another object over the same numbers takes its place
+                parameter = mx.stop_gradient(
+                    parameter
+                )  # another object over the same numbers takes its place
                 model.update(tree_unflatten([(name, parameter)]))
                 self._update_in_parts(gradient, parameter, state, factor)
                 continue

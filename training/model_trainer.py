@@ -142,4 +142,3 @@ def global_norm(arrays: Iterable[mx.array]) -> float:
     # Summed row by row: on CPU mx.sum adds one number after the other, and float32 loses 2 % of 10 million squares.
     squares = [mx.sum(mx.sum(mx.square(x), axis=-1)) for x in arrays]
     return math.sqrt(float(mx.sum(mx.stack(squares))))
-
