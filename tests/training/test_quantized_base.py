@@ -117,7 +117,7 @@ def test_the_gradient_is_that_of_the_dequantised_base(base: LanguageModel) -> No
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_supervised_training_moves_the_adapters_alone(base: LanguageModel, bits: int) -> None:
-    options: dict[str, Any] = {"lora_r": 4, "learning_rate": 1e-2, "optimizer_bits": bits, "num_steps": 8}
+    options: dict[str, Any] = {"lora_r": 4, "learning_rate": 1e-2, "optimizer_bits": bits, "num_steps": 30}
     trainer = SFTTrainer(base, SFTConfig(**options))
     rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "hello", "completion": "world"}]
     before, loss = copied(trainer.policy.model), trainer.loss(rows)
