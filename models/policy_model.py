@@ -29,8 +29,15 @@ from models.decoding import complete
 from models.sampling import Sampling, uniforms_for
 from models.sft_model import LanguageModel, share_weights
 from token_attribution.extractor import pad_sequences
-from token_attribution.logprob_computer import TokenStatistics, token_logprobs, token_statistics
+from token_attribution.logprob_computer import (
+    TokenReading,
+    TokenStatistics,
+    read_tokens,
+    token_logprobs,
+    token_statistics,
+)
 from token_attribution.trunk import Trunk, find_trunk
+from token_attribution.vocabulary import Wanted
 
 
 class ModelOutput(NamedTuple):
@@ -138,6 +145,28 @@ class PolicyModel:
         """Token logprobs and entropies, each ``(B, T)``; entropies carry gradient only if asked to."""
         return token_statistics(
             self.model, tokens, mask, temperature, trunk=self.trunk, entropy_gradient=entropy_gradient
+        )
+
+    def read(
+        self,
+        tokens: mx.array,
+        mask: mx.array,
+        temperature: float = 1.0,
+        *,
+        wanted: Wanted = Wanted(),
+        reference: FrozenPolicy | None = None,
+        for_gradient: bool = False,
+    ) -> TokenReading:
+        """One forward pass and all that is wanted of it, see ``token_attribution.logprob_computer.read_tokens``."""
+        return read_tokens(
+            self.model,
+            tokens,
+            mask,
+            temperature,
+            trunk=self.trunk,
+            wanted=wanted,
+            reference=(reference.model, reference.trunk) if reference is not None else None,
+            for_gradient=for_gradient,
         )
 
     @contextmanager

@@ -82,7 +82,7 @@ class Updater:
         value = self.value
 
         def loss(part: Experience) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-            critic, clipped = self.objective.critic_loss(value.values(part.tokens), part, minibatch)
+            critic, clipped = self.objective.critic_loss(value.values(part.tokens, part.mask), part, minibatch)
             return critic, (critic, clipped)
 
         return self.value_trainer.step(loss, minibatch.micro_batches)
