@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from base_setup.backend import installed_build
-from config.errors import InvalidConfigurationError, ModelLoadError
+from config.errors import ModelLoadError
 from config.ppo_config import PPOConfig
 
 GB = 10**9
@@ -47,7 +47,7 @@ class Matrix(NamedTuple):
 
     inputs: int
     outputs: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple's own
 
     @property
     def numbers(self) -> int:
