@@ -1,4 +1,11 @@
-"""Keys and values of prompts, computed once per distinct prompt and shared by every completion of it."""
+"""Keys and values of prompts, computed once per distinct prompt and shared by every completion of it.
+
+A batch is decoded in a buffer of rows and columns: the prompts on the left, then the columns that completions are
+written to. A step writes one column, the same for all rows, so that it is a slice and nothing is copied. Who sees
+which column is a mask; positions were turned into the keys already, so the order of columns means nothing, and a
+column that no row needs any more is written again. Rows therefore come and go while others decode, and the buffer is
+as wide as the longest completion of those present.
+"""
 
 from __future__ import annotations
 
@@ -6,67 +13,164 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from base_setup.backend import device_kind
+
 _GROWTH = 64  # columns added at a time: few reallocations, little memory that is never used
+_NARROW = 3 / 4  # prompts' columns are given back when those present need less than this of them
+
+
+class Columns:
+    """Which row sees which column of the buffer: what the caches of all layers share.
+
+    Times are steps, counted from the first one of the batch. All of it is the host's, and small.
+    """
+
+    def __init__(self) -> None:
+        self.prompt_width = 0  # P, of the longest prompt present
+        self.width = 0  # completion columns in use, the next step's among them
+        self.column = -1  # what the next step writes, counted from P
+        self.offset: Any = 0  # the position of each row's next token: a number where all agree, else (n,)
+        self._lengths = np.zeros(0, dtype=np.int64)  # (n,) of each row's prompt
+        self._born = np.zeros(0, dtype=np.int64)  # (n,) its first step
+        self._live = np.zeros(0, dtype=bool)  # (n,) False: has ended, and is still carried along
+        self._written = np.zeros(0, dtype=np.int64)  # when each column was last written
+        self._now = 0
+        self._masks: dict[tuple[int | None, bool], mx.array | None] = {}
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def enter(self, lengths: list[int]) -> None:
+        """Rows with prompts of these lengths come in, below those that are there."""
+        self._lengths = np.append(self._lengths, lengths)
+        self._born = np.append(self._born, [self._now] * len(lengths))
+        self._live = np.append(self._live, [True] * len(lengths))
+        needed = int(self._lengths.max())
+        if needed > self.prompt_width or needed < _NARROW * self.prompt_width:
+            self.prompt_width = needed
+
+    def keep(self, order: np.ndarray) -> None:
+        """From now on row i is what row ``order[i]`` was."""
+        self._lengths, self._born = self._lengths[order], self._born[order]
+        self._live = self._live[order]
+
+    def retire(self, rows: np.ndarray) -> None:
+        """What these rows compute does not matter any more."""
+        self._live[rows] = False
+
+    def advance(self) -> None:
+        """Begin a step: choose its column, and find the positions of its tokens."""
+        oldest = self._born[self._live].min()
+        free = np.flatnonzero(self._written < oldest)
+        if not len(free):
+            free = np.array([len(self._written)])
+            self._written = np.append(self._written, np.full(_GROWTH, -1))
+        self.column = int(free[0])
+        self._written[self.column] = self._now
+        self.width = int(np.flatnonzero(self._written >= oldest)[-1]) + 1
+        # Rows that have ended stay at the start: they would run over the model's last position.
+        positions = self._lengths + np.where(self._live, self._now - self._born, 0)  # (n,)
+        agreed = np.unique(positions[self._live])
+        self.offset = int(agreed[0]) if len(agreed) == 1 else mx.array(positions.astype(np.int32))
+        self._masks = {}
+        self._now += 1
+
+    def mask(self, window: int | None = None, always: bool = False) -> mx.array | None:
+        """Which columns this step's tokens may see: ``(n, 1, 1, P + width)`` bool, or None for all of them.
+
+        ``(1, 1, 1, P + width)`` where it is the same for every row: not all models can take more. ``always``: not None.
+        """
+        if (window, always) not in self._masks:
+            seen = self._seen(window)
+            live = seen[self._live]
+            if (live == live[0]).all():
+                seen = live[:1]
+            self._masks[window, always] = (
+                None if seen.all() and not always else mx.array(seen[:, None, None, :])
+            )
+        return self._masks[window, always]
+
+    def _seen(self, window: int | None) -> np.ndarray:
+        lengths, born = self._lengths[:, None], self._born[:, None]
+        prompt = np.arange(self.prompt_width)[None]  # (1, P)
+        written = self._written[None, : self.width]  # (1, W)
+        seen = np.concatenate([prompt < lengths, written >= born], axis=1)  # (n, P + W)
+        if window is not None:
+            position = np.concatenate([prompt + 0 * lengths, written - born + lengths], axis=1)
+            newest = lengths + self._now - 1 - born  # (n, 1)
+            seen &= newest < position + window
+        return seen
 
 
 class GroupCache:
-    """One layer's keys and values while a batch of completions is decoded, in mlx-lm's cache protocol.
+    """One layer's keys and values while completions are decoded, in mlx-lm's cache protocol."""
 
-    Prompts are right-padded to the longest, P columns; completions follow from column P on, so all rows
-    write the same column. A row's padding, between its own prompt's end and P, is masked out, and
-    ``offset`` (a number where all prompts are equally long, else one per row) is its true position, so
-    rotary positions and attention are those of the row alone.
-    """
+    def __init__(self, columns: Columns, rows: int) -> None:
+        """``rows``: how many there are at most at a time."""
+        self._columns, self._rows = columns, rows
+        self._prompt_width = 0  # as the buffer has it
+        self.keys = self.values = mx.zeros((0,))  # (rows, H, P + columns, D), from the first prompt on
 
-    def __init__(self, prompt: KVCache, lengths: list[int], rows: list[int]) -> None:
-        """``prompt``: the filled cache of N prompts; ``lengths`` (N,); ``rows[b]``: the prompt of row b."""
-        width = prompt.offset
-        pick = mx.array(rows)
-        keys, values = prompt.keys_and_values()  # (N, H, P, D)
-        self.keys, self.values = keys[pick], values[pick]  # (B, H, P, D)
-        self._prompt_width = width
-        self._column = width
-        ragged = len(set(lengths)) > 1
-        self._lengths = mx.array([lengths[r] for r in rows]) if ragged else None  # (B,)
-        self.offset: Any = self._lengths if ragged else lengths[0]
+    @property
+    def offset(self) -> Any:
+        """The position of the next token: a number, or one per row."""
+        return self._columns.offset
+
+    def enter(self, prompt: KVCache, picks: list[int]) -> None:
+        """Append rows; ``picks[i]``: which of the filled cache's prompts the i-th is of. Columns know them already."""
+        keys, values = prompt.keys_and_values()  # (N, H, P', D)
+        if not self._prompt_width:
+            self._prompt_width = self._columns.prompt_width
+            columns = self._prompt_width + _GROWTH
+            self.keys, self.values = (
+                mx.zeros((self._rows, x.shape[1], columns, x.shape[3]), x.dtype) for x in (keys, values)
+            )
+        self.keys, self.values = self._fitted(self.keys), self._fitted(self.values)
+        self._prompt_width = self._columns.prompt_width
+        stop, width = len(self._columns), min(keys.shape[2], self._prompt_width)
+        rows, pick = slice(stop - len(picks), stop), mx.array(picks)
+        self.keys[rows, :, :width] = keys[pick, :, :width]
+        self.values[rows, :, :width] = values[pick, :, :width]
+
+    def _fitted(self, x: mx.array) -> mx.array:
+        """The buffer with as many columns for prompts as they need now."""
+        old, new = self._prompt_width, self._columns.prompt_width
+        if new > old:
+            more = mx.zeros((*x.shape[:2], new - old, x.shape[3]), x.dtype)
+            return mx.concatenate([x[:, :, :old], more, x[:, :, old:]], axis=2)
+        return x if new == old else mx.concatenate([x[:, :, :new], x[:, :, old:]], axis=2)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append one column per row; all columns so far come back, each (B, H, L, D)."""
-        start, stop = self._column, self._column + keys.shape[2]
+        """Write this step's column; all columns in use come back, each (n, H, L, D)."""
+        columns = self._columns
+        n, at, stop = len(columns), self._prompt_width + columns.column, self._prompt_width + columns.width
         if stop > self.keys.shape[2]:
-            grow = [(0, 0), (0, 0), (0, max(_GROWTH, keys.shape[2])), (0, 0)]
+            grow = [(0, 0), (0, 0), (0, _GROWTH), (0, 0)]
             self.keys, self.values = mx.pad(self.keys, grow), mx.pad(self.values, grow)
-        self.keys[..., start:stop, :] = keys
-        self.values[..., start:stop, :] = values
-        self._column = stop
-        self.offset = self.offset + keys.shape[2]
-        return self.keys[..., :stop, :], self.values[..., :stop, :]
+        self.keys[:n, :, at : at + 1] = keys
+        self.values[:n, :, at : at + 1] = values
+        return self.keys[:n, :, :stop], self.values[:n, :, :stop]
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | None:
-        """Which columns the next token may see: (B, 1, 1, L) bool, or None for all of them."""
+        """Which columns the next token may see: (n, 1, 1, L) bool, or None for all of them."""
         if n != 1:
             raise ValueError(f"a GroupCache decodes one token at a time, not {n}")
-        if self._lengths is None and window_size is None and not return_array:
-            return None
-        columns = mx.arange(self._column + 1)[None]  # (1, L)
-        lengths = self._lengths[:, None] if self._lengths is not None else mx.array([[self._prompt_width]])
-        in_prompt = columns < self._prompt_width
-        position = mx.where(in_prompt, columns, columns - self._prompt_width + lengths)  # (B, L)
-        seen = ~in_prompt | (columns < lengths)
-        if window_size is not None:
-            newest = lengths + (self._column - self._prompt_width)
-            seen = seen & (newest < position + window_size)
-        return seen[:, None, None, :]
+        return self._columns.mask(window_size, always=return_array)
 
-    def keep(self, rows: mx.array) -> None:
-        """Drop the rows that are not named."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        if self._lengths is not None:
-            self._lengths, self.offset = self._lengths[rows], self.offset[rows]
+    def keep(self, order: np.ndarray) -> None:
+        """From now on row i is what row ``order[i]`` was: only those that move are copied."""
+        moved = np.flatnonzero(order != np.arange(len(order)))
+        if len(moved):
+            to, source = mx.array(moved), mx.array(order[moved])
+            keys, values = self.keys[source], self.values[source]
+            if device_kind() == "cpu":  # read before they are written to, or MLX copies the whole buffer
+                mx.eval(keys, values)
+            self.keys[to], self.values[to] = keys, values
 
 
 class RepeatedCache:
@@ -75,13 +179,13 @@ class RepeatedCache:
     It wraps mlx-lm's own cache of N equally long prompts and picks the batch rows of its state.
     """
 
-    def __init__(self, prompt: Any, rows: list[int]) -> None:
+    def __init__(self, prompt: Any, picks: list[int]) -> None:
         self.cache = prompt
-        self.keep(mx.array(rows))
+        self.keep(np.array(picks))
 
-    def keep(self, rows: mx.array) -> None:
+    def keep(self, order: np.ndarray) -> None:
         """Drop or repeat rows, by index."""
-        self.cache.state = _pick(self.cache.state, rows)
+        self.cache.state = _pick(self.cache.state, mx.array(order))
 
 
 def _pick(state: Any, rows: mx.array) -> Any:
@@ -101,16 +205,22 @@ def shares_ragged_prompts(model: nn.Module) -> bool:
     """Whether prompts of different lengths can be decoded together, tried out on two tiny ones.
 
     The caches must be plain, and attention must heed a mask per row, which a few architectures do not
-    (gemma2 gives its scores a fifth axis, older ones make their own mask).
+    (gemma2 gives its scores a fifth axis, older ones make their own mask). Rows that enter while others decode need
+    the same two things.
     """
-    caches = make_prompt_cache(model)
-    if not has_plain_caches(caches):
+    prompts = make_prompt_cache(model)
+    if not has_plain_caches(prompts):
         return False
     long, short, following = [0, 1, 2, 3], [2], 1
-    model(mx.array([long, short + [0] * 3]), cache=caches)
-    shared = [GroupCache(cache, [4, 1], [0, 1]) for cache in caches]
+    model(mx.array([long, short + [0] * 3]), cache=prompts)
+    columns = Columns()
+    columns.enter([4, 1])
+    caches = [GroupCache(columns, 2) for _ in prompts]
+    for cache, prompt in zip(caches, prompts, strict=True):
+        cache.enter(prompt, [0, 1])
+    columns.advance()
     try:
-        together = model(mx.array([[following]] * 2), cache=shared)[:, -1].astype(mx.float32)
+        together = model(mx.array([[following]] * 2), cache=caches)[:, -1].astype(mx.float32)
         mx.eval(together)
     except (ValueError, TypeError, AttributeError):
         return False

@@ -10,6 +10,7 @@ of the end of this chain.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -56,49 +57,86 @@ def check_sampling(sampling: Sampling) -> None:
             )
 
 
-class LogitChanges:
-    """Bias and repetition penalty for one batch of rows, with the recent tokens that the penalty needs.
+def bias_vector(sampling: Sampling, vocabulary: int) -> np.ndarray | None:
+    """What is added to the logits, ``(V,)`` float32, or None for nothing."""
+    if not sampling.logit_bias:
+        return None
+    bias = np.zeros(vocabulary, dtype=np.float32)
+    for token, amount in sampling.logit_bias:
+        if token >= vocabulary:
+            raise ValueError(f"logit_bias: token {token} is not in the vocabulary of {vocabulary} tokens")
+        bias[token] += amount
+    if (bias == -math.inf).all():
+        raise ValueError(f"logit_bias: all {vocabulary} tokens are forbidden, so there is none to draw")
+    return bias
 
-    The tokens stay on the device: nothing here waits for a value.
+
+def recent_tokens(sampling: Sampling, tails: Sequence[Sequence[int]]) -> np.ndarray:
+    """The last tokens of each prompt, ``(rows, repetition_context)`` int32, the oldest first.
+
+    A short prompt is filled up with its own first token: penalised once, however often it stands there.
+    """
+    context = sampling.repetition_context
+    filled = [
+        ([tail[0]] * (context - len(tail)) + list(tail)) if len(tail) < context else tail[-context:]
+        for tail in tails
+    ]
+    return np.array(filled, dtype=np.int32)
+
+
+class LogitChanges:
+    """Bias and repetition penalty for the rows of a call, with the recent tokens that the penalty needs.
+
+    The tokens stay on the device: nothing here waits for a value. A row is named by its number, whoever is decoded
+    beside it.
     """
 
-    def __init__(self, sampling: Sampling, tails: list[list[int]], vocabulary: int) -> None:
+    def __init__(self, sampling: Sampling, tails: Sequence[Sequence[int]], vocabulary: int) -> None:
         """``tails``: each row's prompt, of which the end counts as recent."""
-        self.penalty, context = sampling.repetition_penalty, sampling.repetition_context
-        self.bias: mx.array | None = None
-        if sampling.logit_bias:
-            bias = np.zeros(vocabulary, dtype=np.float32)
-            for token, amount in sampling.logit_bias:
-                if token >= vocabulary:
-                    raise ValueError(
-                        f"logit_bias: token {token} is not in the vocabulary of {vocabulary} tokens"
-                    )
-                bias[token] += amount
-            if (bias == -math.inf).all():
-                raise ValueError(
-                    f"logit_bias: all {vocabulary} tokens are forbidden, so there is none to draw"
-                )
-            self.bias = mx.array(bias)
-        # A short prompt is filled up with its own first token: penalised once, however often it stands there.
-        filled = [
-            ([tail[0]] * context + list(tail))[-context:] if len(tail) < context else tail[-context:]
-            for tail in tails
-        ]
-        self.recent = mx.array(filled, dtype=mx.int32)  # (B, context)
+        self.penalty = sampling.repetition_penalty
+        bias = bias_vector(sampling, vocabulary)
+        self.bias = None if bias is None else mx.array(bias)
+        self.recent = mx.array(recent_tokens(sampling, tails))  # (rows, context), in a ring
 
-    def apply(self, logits: mx.array) -> mx.array:
-        """``(B, V)`` logits to ``(B, V)`` float32."""
-        return adjusted_logits(logits, self.bias, self.recent, self.penalty)
+    def apply(self, logits: mx.array, rows: np.ndarray) -> mx.array:
+        """``(n, V)`` logits of these rows to ``(n, V)`` float32."""
+        if self.penalty == 1.0:
+            return adjusted_logits(logits, self.bias, self.recent)
+        return adjusted_logits(logits, self.bias, self.recent[mx.array(rows)], self.penalty)
 
-    def append(self, tokens: mx.array) -> None:
-        """The tokens ``(B,)`` that were drawn become the most recent."""
+    def append(self, tokens: mx.array, rows: np.ndarray, columns: np.ndarray) -> None:
+        """The tokens ``(n,)`` that were drawn, each the ``columns[i]``-th of its row, replace the oldest."""
         if self.penalty == 1.0:
             return  # nobody reads them, and what nobody evaluates grows
-        self.recent = mx.concatenate([self.recent[:, 1:], tokens[:, None]], axis=1)
+        self.recent[mx.array(rows), mx.array(columns % self.recent.shape[1])] = tokens
 
-    def keep(self, rows: mx.array) -> None:
-        """Drop the rows that are not named."""
-        self.recent = self.recent[rows]
+
+class DeviceSampler:
+    """Draws on the device, as a promise: the next step is launched before the host reads this one."""
+
+    lag = 1
+
+    def __init__(
+        self, sampling: Sampling, tails: Sequence[Sequence[int]], vocabulary: int, uniforms: np.ndarray
+    ) -> None:
+        """``tails``: each row's prompt; ``uniforms``: ``(rows, columns)``."""
+        self.sampling, self.uniforms = sampling, uniforms
+        self.changes = LogitChanges(sampling, tails, vocabulary) if sampling.changes_logits else None
+
+    def draw(self, logits: mx.array, rows: np.ndarray, columns: np.ndarray) -> tuple[mx.array, mx.array]:
+        """Token ``columns[i]`` of row ``rows[i]`` from ``logits[i]``: ids and logprobs, each ``(n,)``."""
+        if self.changes is not None:
+            logits = self.changes.apply(logits, rows)
+        if self.sampling.temperature == 0:
+            tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
+            logprobs = mx.zeros(tokens.shape)
+        else:
+            uniforms = mx.array(self.uniforms[rows, columns])
+            tokens, logprobs = draw(sampling_weights(logits, self.sampling), uniforms)
+        if self.changes is not None:
+            self.changes.append(tokens, rows, columns)
+        mx.async_eval(tokens, logprobs)
+        return tokens, logprobs
 
 
 def adjusted_logits(

@@ -14,7 +14,7 @@ from mlx_lm.utils import _get_classes
 
 from config.model_config import ModelConfig
 from models.decoding import Completion, complete
-from models.prefix_cache import GroupCache
+from models.prefix_cache import Columns, GroupCache
 from models.sampling import Sampling, draw, sampling_weights, uniforms_for
 from models.sft_model import build_embedded
 
@@ -160,8 +160,13 @@ def test_a_windowed_row_sees_the_newest_columns_of_its_own() -> None:
     """Prompts of 3 and 1 tokens in 3 columns, one token decoded, the next one at column 4; a window of 3."""
     prompt = KVCache()
     prompt.update_and_fetch(mx.zeros((2, 1, 3, 4)), mx.zeros((2, 1, 3, 4)))
-    cache = GroupCache(prompt, [3, 1], [0, 1])
+    columns = Columns()
+    columns.enter([3, 1])
+    cache = GroupCache(columns, rows=2)
+    cache.enter(prompt, [0, 1])
+    columns.advance()
     cache.update_and_fetch(mx.zeros((2, 1, 1, 4)), mx.zeros((2, 1, 1, 4)))
+    columns.advance()
     assert cache.offset.tolist() == [4, 2]
     whole, window = cache.make_mask(1), cache.make_mask(1, window_size=3)
     assert whole is not None

@@ -127,19 +127,22 @@ def test_the_recent_tokens_are_the_last_of_prompt_and_completion() -> None:
         Sampling(repetition_penalty=2.0, repetition_context=3), [[5], [1, 2], [1, 2, 3, 4]], vocabulary=9
     )
 
-    def penalised() -> list[set[int]]:
-        found = np.array(changes.apply(mx.ones((changes.recent.shape[0], 9))))
+    def penalised(*rows: int) -> list[set[int]]:
+        found = np.array(changes.apply(mx.ones((len(rows), 9)), np.array(rows)))
         assert set(found.ravel().tolist()) == {0.5, 1.0}
         return [set(np.flatnonzero(row == 0.5).tolist()) for row in found]
 
-    assert penalised() == [{5}, {1, 2}, {2, 3, 4}]
-    changes.append(mx.array([6, 7, 8]))
-    assert penalised() == [{5, 6}, {1, 2, 7}, {3, 4, 8}]
-    changes.keep(mx.array([0, 2]))
-    changes.append(mx.array([6, 3]))
-    assert penalised() == [{5, 6}, {3, 4, 8}]
-    changes.append(mx.array([0, 0]))
-    assert penalised() == [{0, 6}, {0, 3, 8}]
+    def append(tokens: list[int], rows: list[int], columns: list[int]) -> None:
+        changes.append(mx.array(tokens), np.array(rows), np.array(columns))
+
+    assert penalised(0, 1, 2) == [{5}, {1, 2}, {2, 3, 4}]
+    append([6, 7, 8], [0, 1, 2], [0, 0, 0])
+    assert penalised(0, 1, 2) == [{5, 6}, {1, 2, 7}, {3, 4, 8}]
+    append([3, 6], [2, 0], [1, 1])
+    assert penalised(0, 2) == [{5, 6}, {3, 4, 8}]
+    append([0, 0], [0, 2], [2, 2])
+    assert penalised(2, 0) == [{0, 3, 8}, {0, 6}]
+    assert penalised(1) == [{1, 2, 7}]
 
 
 def test_bias_and_penalty_are_those_of_mlx_lm() -> None:
@@ -150,7 +153,7 @@ def test_bias_and_penalty_are_those_of_mlx_lm() -> None:
     theirs = logits
     for processor in make_logits_processors(bias, 1.3, 5):
         theirs = processor(mx.array(prompt), theirs)
-    ours = LogitChanges(sampling, [prompt], 40).apply(logits)
+    ours = LogitChanges(sampling, [prompt], 40).apply(logits, np.array([0]))
     np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-6)
 
 
