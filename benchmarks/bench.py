@@ -174,13 +174,18 @@ def products_of_a_step(work: Work, size: Any) -> float:
     total += forward + backward + vocabulary * (3 if work.fine_tune_type == "full" else 2)
     if work.algorithm == "ppo":
         total += 2 * forward + backward
-    return total
+    return total  # of one epoch
 
 
 # -- Many points --------------------------------------------------------------------------------------
 
+ONE_EPOCH = {"num_epochs_per_rollout": 1}  # PPO's own default is 4: as many updates as GRPO makes
 GRID = [
-    *(Work(size, algorithm) for size in ("tiny", "small") for algorithm in ("grpo", "ppo")),
+    *(
+        Work(size, algorithm, options=ONE_EPOCH)
+        for size in ("tiny", "small")
+        for algorithm in ("grpo", "ppo")
+    ),
     Work("small", fine_tune_type="lora"),
     *(Work(size, prompt_length=512, steps=2) for size in ("tiny", "small")),
     Work("small", group_size=32, prompts=1),
