@@ -12,8 +12,10 @@ differently stands under the table.
 
 A system runs in an environment of its own (``.venv-peers``, made at its first use by ``./run peer NAME``), and each
 measurement in a process of its own. Rounds go through all systems in turn, each round in another order, so that
-whatever else the machine does hits all of them. Reported are medians over the timed steps of all rounds, the range,
-and the peak of resident memory. A system that cannot be installed or run gets a line that says why.
+whatever else the machine does hits all of them. Reported are medians over the timed steps of all rounds, their range,
+the peak of resident memory, and how many cores anything else kept busy meanwhile: where that is not near 0, the
+fastest steps say more than the medians, and a quiet hour more than both. A system that cannot be installed or run
+gets a line that says why.
 
 Left out: quality. All weights are random and nobody learns anything here.
 """
@@ -102,7 +104,9 @@ SYSTEMS = {
         "with a reference model and works out the entropy; gradient checkpointing, on by default, is switched off.",
     ),
     "ours-rollout": System("rollout", "ours", None, True, "mlx-ppo"),
-    "batch-generator": System("rollout", "batch_generator", None, True, "mlx-lm `BatchGenerator`, as it comes"),
+    "batch-generator": System(
+        "rollout", "batch_generator", None, True, "mlx-lm `BatchGenerator`, as it comes"
+    ),
     "batch-generator-wide": System(
         "rollout",
         "batch_generator",
@@ -162,6 +166,7 @@ class Row:
     steps: int = 0
     tokens: int = 0
     kernel_share: float = 0.0
+    others: float = 0.0  # cores that others used meanwhile, mean
     peak_bytes: int = 0
     complaint: str = ""  # a failure, or tokens that were not as asked
 
@@ -178,7 +183,9 @@ def worker_environment(base: Mapping[str, str], entry: Entry, library: str | Non
     kept = {
         name: value
         for name, value in base.items()
-        if not name.startswith(("OPENBLAS_", "LD_PRELOAD", "MLX_PPO_BLAS", "MLX_DISABLE_COMPILE", "PYTHONPATH"))
+        if not name.startswith(
+            ("OPENBLAS_", "LD_PRELOAD", "MLX_PPO_BLAS", "MLX_DISABLE_COMPILE", "PYTHONPATH")
+        )
     }
     kept |= {
         "KMP_BLOCKTIME": "1",  # an idle thread that spins takes cycles from everything else
@@ -392,18 +399,23 @@ def one_row(
         steps=len(steps),
         tokens=round(statistics.median([step["tokens"] for step in steps])),
         kernel_share=sum(s["kernel"] for s in steps) / max(sum(s["cpu"] for s in steps), 1e-9),
+        others=statistics.mean([step["others"] for step in steps]),
         peak_bytes=peak,
         complaint=failure,
     )
 
 
+def ours_beside(row: Row, table: Sequence[Row]) -> Row | None:
+    """Our row for the same work, if both were measured."""
+    key = (row.cell, Entry(OURS[row.cell.kind], "fast"), row.rows)
+    found = (other for other in table if (other.cell, other.entry, other.rows) == key and other.measured)
+    return next(found, None) if row.measured else None
+
+
 def ratio_to_ours(row: Row, table: Sequence[Row]) -> float | None:
     """How many times as long as ours the same work takes; None where either is missing."""
-    ours = Entry(OURS[row.cell.kind], "fast")
-    for other in table:
-        if (other.cell, other.entry, other.rows) == (row.cell, ours, row.rows) and other.measured:
-            return row.seconds / other.seconds if row.measured else None
-    return None
+    ours = ours_beside(row, table)
+    return row.seconds / ours.seconds if ours else None
 
 
 # -- Telling ------------------------------------------------------------------------------------------
@@ -422,6 +434,12 @@ def step_text(row: Row) -> str:
     if row.rollout is not None and row.rest is not None:
         parts = f" ({seconds_text(row.rollout)} + {seconds_text(row.rest)})"
     return f"{seconds_text(row.seconds)} s{parts}, {seconds_text(row.fastest)}–{seconds_text(row.slowest)}"
+
+
+def ratio_text(row: Row, table: Sequence[Row]) -> str:
+    """By the medians, and by the fastest steps, which say more where others were at work too."""
+    ours = ours_beside(row, table)
+    return f"{row.seconds / ours.seconds:.2f} / {row.fastest / ours.fastest:.2f}" if ours else "–"
 
 
 def speed_text(row: Row | None, table: Sequence[Row]) -> str:
@@ -450,7 +468,12 @@ def step_table(title: str, table: Sequence[Row]) -> str:
     columns = [
         part
         for size in sizes
-        for part in (f"{size}: step (rollout + rest), range", "times ours", "peak memory", "in the kernel")
+        for part in (
+            f"{size}: step (rollout + rest), range",
+            "times ours, by medians / fastest",
+            "peak memory",
+            "cores busy with others",
+        )
     ]
     lines = [f"### {title}", "", *header(["", *columns])]
     for entry in dict.fromkeys(row.entry for row in table):
@@ -460,12 +483,12 @@ def step_table(title: str, table: Sequence[Row]) -> str:
             if not found or not found[0].measured:
                 cells += ["–", "–", "–", "–"]
                 continue
-            row, ratio = found[0], ratio_to_ours(found[0], table)
+            row = found[0]
             cells += [
                 step_text(row),
-                "–" if ratio is None else f"{ratio:.2f}",
+                ratio_text(row, table),
                 f"{row.peak_bytes / 1e9:.1f} GB",
-                f"{row.kernel_share:.0%}",
+                f"{row.others:.1f}",
             ]
         lines.append(line(cells))
     return "\n".join([*lines, *remarks(table)])
@@ -553,7 +576,12 @@ def save(runs: Sequence[Run], options: argparse.Namespace, library: str | None, 
     table = aggregate(runs, options.warm_up)
     content = {
         "options": {name: value for name, value in vars(options).items() if name != "output"},
-        "work": {"prompts": PROMPTS, "group": GROUP, "completion": COMPLETION, "learning_rate": LEARNING_RATE},
+        "work": {
+            "prompts": PROMPTS,
+            "group": GROUP,
+            "completion": COMPLETION,
+            "learning_rate": LEARNING_RATE,
+        },
         "conditions": conditions(library),
         "versions": versions(runs),
         "rows": [flat(row, table) for row in table],
@@ -581,17 +609,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="./run bench-peers", description="The same RL step in several systems, side by side."
     )
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "small"])
-    parser.add_argument("--prompts", nargs="+", type=positive, default=[64, 512], help="prompt lengths in tokens")
+    parser.add_argument(
+        "--prompts", nargs="+", type=positive, default=[64, 512], help="prompt lengths in tokens"
+    )
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--kinds", nargs="+", choices=list(TITLES), default=list(TITLES), help="of those systems")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(TITLES), default=list(TITLES), help="of those systems"
+    )
     parser.add_argument("--rounds", type=positive, default=2, help="processes per system and case")
     parser.add_argument("--steps", type=positive, default=3, help="timed steps in each")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
-    parser.add_argument("--reference-blas", action="store_true", help="the MLX systems without a fast BLAS too")
+    parser.add_argument(
+        "--reference-blas", action="store_true", help="the MLX systems without a fast BLAS too"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one process may take")
     parser.add_argument("--output", type=Path, help="a folder (default: runs/bench-peers-DATE)")
     options = parser.parse_args(arguments)
-    options.systems = [name for name in SYSTEMS if name in options.systems and SYSTEMS[name].kind in options.kinds]
+    options.systems = [
+        name for name in SYSTEMS if name in options.systems and SYSTEMS[name].kind in options.kinds
+    ]
     if not options.systems:
         parser.error("none of these systems does any of these kinds of work")
     if options.warm_up < 0:

@@ -56,7 +56,12 @@ class Step:
     widest: int  # the longest completion, in tokens
     narrowest: int
     cpu: float  # seconds of processor time, all threads together
-    kernel: float  # of which in the kernel: where it is most of it, memory is being mapped and little is computed
+    kernel: (
+        float  # of which in the kernel: where it is most of it, memory is being mapped and little is computed
+    )
+    others: (
+        float  # cores that everything else on the machine kept busy meanwhile; 0 where that cannot be seen
+    )
 
 
 class Record:
@@ -68,14 +73,19 @@ class Record:
         self.notes = list(notes)
         self.steps: list[Step] = []
         self._used = processor_time()
+        self._busy = busy_time()
+        self._read = time.perf_counter()
 
     def add(self, seconds: float, rollout: float | None, lengths: Sequence[int]) -> None:
         """One step, by the lengths in tokens of the completions that it made."""
-        used = processor_time()
+        used, busy, read = processor_time(), busy_time(), time.perf_counter()
         cpu, kernel = (now - then for now, then in zip(used, self._used, strict=True))
-        self._used = used
+        others = max(busy - self._busy - cpu, 0.0) / (read - self._read)
+        self._used, self._busy, self._read = used, busy, read
         self.steps.append(
-            Step(len(lengths), seconds, rollout, sum(lengths), max(lengths), min(lengths), cpu, kernel)
+            Step(
+                len(lengths), seconds, rollout, sum(lengths), max(lengths), min(lengths), cpu, kernel, others
+            )
         )
 
     def write(self) -> None:
@@ -119,6 +129,16 @@ def processor_time() -> tuple[float, float]:
     """Seconds of processor time so far, and those of them in the kernel."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime, used.ru_stime
+
+
+def busy_time() -> float:
+    """Seconds of processor time that the whole machine has used since it started; 0 where Linux's count is not."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _waiting, interrupts, soft = (int(field) for field in fields[:7])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_memory() -> int:

@@ -7,6 +7,7 @@ often as it has completions.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from benchmarks.peers.record import Job, Record, the_job
 
@@ -19,11 +20,11 @@ def main(job: Job) -> None:
     from mlx_lm.sample_utils import make_sampler
 
     mx.random.seed(job.seed)
-    model, tokenizer = load(job.model)
+    model, tokenizer = load(job.model)[:2]
     record = Record(job, ["mlx", "mlx-lm", "transformers"])
     for rows in job.rows:
         prompts = [tokenizer.encode(prompt) for prompt in job.prompts for _ in range(job.group)][:rows]
-        widths = {"completion_batch_size": rows, "prefill_batch_size": rows}
+        widths: dict[str, Any] = {"completion_batch_size": rows, "prefill_batch_size": rows}
         for _ in range(job.warm_up + job.steps):
             start = time.perf_counter()
             generator = BatchGenerator(

@@ -39,7 +39,7 @@ def main(job: Job) -> None:
     from mlxrl.train import batch_from_rollouts, optimizer_step
 
     mx.random.seed(job.seed)
-    model, tokenizer = load(job.model)
+    model, tokenizer = load(job.model)[:2]
     model.eval()
     record = Record(job, ["mlx", "mlx-lm", "inductive-mlxrl", "transformers"])
     optimizer = optim.AdamW(learning_rate=job.learning_rate)

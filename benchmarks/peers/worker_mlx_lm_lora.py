@@ -41,12 +41,12 @@ def main(job: Job) -> None:
     from mlx_lm_lora.trainer import grpo_trainer
 
     mx.random.seed(job.seed)
-    model, tokenizer = load(job.model)
+    model, tokenizer = load(job.model)[:2]
     tokenizer.eos_token_ids = set()  # the completion's length is forced: nothing ends it
     record = Record(job, ["mlx", "mlx-lm", "mlx-lm-lora", "transformers"])
     rollout = Stopwatch(grpo_trainer.generate_grpo)
     grpo_trainer.generate_grpo = rollout
-    dataset = [(tokenizer.encode(prompt), [], prompt, "") for prompt in job.prompts]
+    dataset: list[Any] = [(tokenizer.encode(prompt), [], prompt, "") for prompt in job.prompts]
     args = grpo_trainer.GRPOTrainingArgs(
         batch_size=len(job.prompts),
         iters=job.warm_up + job.steps,

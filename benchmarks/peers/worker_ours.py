@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from base_setup import backend  # before MLX
-
 from benchmarks.peers.record import Job, Record, Stopwatch, even_words, the_job
 from config.ppo_config import PPOConfig
 from ppo_trainer.ppo_trainer import PPOTrainer
@@ -22,6 +21,7 @@ def make_trainer(job: Job) -> PPOTrainer:
             fine_tune_type="full",
             learning_rate=job.learning_rate,
             kl_coef=0.0,
+            num_epochs_per_rollout=1,  # one update per batch; PPO makes four by default
             max_new_tokens=job.completion,
             batch_size=len(job.prompts),
             group_size=job.group,
