@@ -37,13 +37,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from base_setup import backend
-from benchmarks.peers.record import Job
+from benchmarks.peers.record import Job, busy_time
 from benchmarks.workload import SIZES, make_prompts, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, GROUP, COMPLETION = 4, 8, 64
 ROLLOUT_ROWS = [1, 8, 32, 64]
 LEARNING_RATE = 1e-6
+
+#: For every worker. A thread that waits by spinning takes cycles from everything else, and where another program wants
+#: them the one it waits for may be the one that is held up: TRL's step, 1.2 s alone, took 10 to 40 s beside a second
+#: busy process, and 2 s with the spin count that libgomp itself takes when there are more threads than processors.
+SPINNING = {"KMP_BLOCKTIME": "1", "GOMP_SPINCOUNT": "1000", "OPENBLAS_THREAD_TIMEOUT": "20"}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 TITLES = {"grpo": "GRPO step", "ppo": "PPO step", "rollout": "Rollout alone"}
 
 
@@ -178,7 +184,9 @@ class Row:
 # -- Running ------------------------------------------------------------------------------------------
 
 
-def worker_environment(base: Mapping[str, str], entry: Entry, library: str | None) -> dict[str, str]:
+def worker_environment(
+    base: Mapping[str, str], entry: Entry, library: str | None, threads: int | None = None
+) -> dict[str, str]:
     """The variables of one worker: nothing that tunes OpenBLAS from outside, and the BLAS that is asked for."""
     kept = {
         name: value
@@ -187,15 +195,15 @@ def worker_environment(base: Mapping[str, str], entry: Entry, library: str | Non
             ("OPENBLAS_", "LD_PRELOAD", "MLX_PPO_BLAS", "MLX_DISABLE_COMPILE", "PYTHONPATH")
         )
     }
-    kept |= {
-        "KMP_BLOCKTIME": "1",  # an idle thread that spins takes cycles from everything else
-        "OPENBLAS_THREAD_TIMEOUT": "20",  # the same for OpenBLAS
+    kept |= SPINNING | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
     }
+    if threads is not None:
+        kept |= dict.fromkeys(THREADS, str(threads))
     if entry.blas == "fast" and library:
         kept["LD_PRELOAD"] = library
     if entry.blas == "reference":
@@ -260,6 +268,16 @@ def run_worker(
         return None, f"it left no result that can be read: {error}"
 
 
+def wait_for_quiet(patience: float, share: float = 0.15, look: float = 2.0) -> None:
+    """Until everything else together uses no more than this share of a core, or for ``patience`` seconds."""
+    give_up = time.monotonic() + patience
+    while time.monotonic() < give_up:
+        busy, start = busy_time(), time.monotonic()
+        time.sleep(look)
+        if busy_time() - busy <= share * (time.monotonic() - start):
+            return
+
+
 def entries_of(kind: str, wanted: Sequence[str], reference_too: bool) -> list[Entry]:
     """The systems of one kind, as the table has them."""
     entries = []
@@ -319,9 +337,10 @@ def measure(options: argparse.Namespace, output: Path) -> list[Run]:
                 python, failure = interpreters[system.environment]
                 load, result = os.getloadavg()[0], None
                 if not failure:
+                    wait_for_quiet(options.patience)
                     with tempfile.TemporaryDirectory(prefix="bench-peers-") as scratch:
                         job = make_job(cell, entry.system, output / "models", Path(scratch), options)
-                        variables = worker_environment(os.environ, entry, library)
+                        variables = worker_environment(os.environ, entry, library, options.threads)
                         result, failure = run_worker(python, system.worker, job, variables, options.timeout)
                 if failure:
                     given_up.add((cell, entry))
@@ -557,7 +576,7 @@ def conditions(library: str | None) -> dict[str, Any]:
         "preloaded_blas": Path(library).name if library else None,
         "openblas": backend.describe_library(library) if library else None,
         "variables_removed": sorted(name for name in os.environ if name.startswith("OPENBLAS_")),
-        "variables_set": {"KMP_BLOCKTIME": "1", "OPENBLAS_THREAD_TIMEOUT": "20"},
+        "variables_set": SPINNING,
     }
 
 
@@ -621,6 +640,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
     parser.add_argument(
         "--reference-blas", action="store_true", help="the MLX systems without a fast BLAS too"
+    )
+    parser.add_argument(
+        "--threads", type=positive, help="of each worker's BLAS and OpenMP (default: their own choice)"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        help="seconds to wait before each process for others to be idle",
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one process may take")
     parser.add_argument("--output", type=Path, help="a folder (default: runs/bench-peers-DATE)")

@@ -135,8 +135,28 @@ def test_workers_get_the_same_variables_and_the_blas_asked_for():
     assert "LD_PRELOAD" not in slow | torch
     for variables in (fast, slow, torch):
         assert variables["PATH"] == "/bin"
-        assert variables["KMP_BLOCKTIME"] == "1"
+        assert variables.items() >= driver.SPINNING.items()
+        assert "OMP_NUM_THREADS" not in variables
         assert "OPENBLAS_CORETYPE" not in variables
+
+
+def test_threads_are_set_for_every_library_or_for_none():
+    one = driver.worker_environment({}, TRL, None, threads=1)
+    assert {one[name] for name in driver.THREADS} == {"1"}
+
+
+def test_waiting_for_a_quiet_machine_ends_at_once_on_one_and_gives_up_on_a_busy_one(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(driver.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(driver, "busy_time", lambda: 0.1 * clock[0])
+    driver.wait_for_quiet(60.0)
+    assert clock[0] == 2.0
+    monkeypatch.setattr(driver, "busy_time", lambda: clock[0])
+    driver.wait_for_quiet(60.0)
+    assert clock[0] == 62.0
+    driver.wait_for_quiet(0.0)
+    assert clock[0] == 62.0
 
 
 def test_rounds_begin_with_another_system_each():
