@@ -187,7 +187,10 @@ class Row:
 def worker_environment(
     base: Mapping[str, str], entry: Entry, library: str | None, threads: int | None = None
 ) -> dict[str, str]:
-    """The variables of one worker: nothing that tunes OpenBLAS from outside, and the BLAS that is asked for."""
+    """The variables of one worker: nothing that tunes OpenBLAS or MLX from outside, and the BLAS that is asked for.
+
+    What our own backend has put into this process, MLX_DISABLE_COMPILE above all, is not handed on either.
+    """
     kept = {
         name: value
         for name, value in base.items()
@@ -222,11 +225,18 @@ def interpreter(environment: str | None) -> tuple[str, str]:
     """The Python of a system's environment, made if need be, and a sentence if it cannot be."""
     if environment is None:
         return sys.executable, ""
+    folder = ROOT / ".venv-peers" / environment
+    if not (folder / "set-up").is_file():
+        say(f"making {folder.relative_to(ROOT)}, which may take minutes …")
     done = subprocess.run(
-        [str(ROOT / "run"), "peer", environment], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [str(ROOT / "run"), "peer", environment],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode == 0:
-        return str(ROOT / ".venv-peers" / environment / "bin" / "python"), ""
+        return str(folder / "bin" / "python"), ""
     return "", f"its environment could not be made: {last_words(done.stderr, 2)}"
 
 
