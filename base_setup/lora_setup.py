@@ -50,8 +50,7 @@ def prepare_trainable(model: nn.Module, config: TrainingConfig) -> dict[str, Any
     if config.adapter_path is not None:
         return _resume_adapter(model, config)
     if config.fine_tune_type == "full":
-        model.set_dtype(mx.float32)
-        model.unfreeze()
+        _unfreeze_all(model, f'fine_tune_type: "full" trains every weight, but "{config.model_name}"')
         return description
     description["lora_parameters"] = {
         "rank": config.lora_r,
@@ -64,12 +63,21 @@ def prepare_trainable(model: nn.Module, config: TrainingConfig) -> dict[str, Any
     return description
 
 
+def _unfreeze_all(model: nn.Module, reason: str) -> None:
+    if any("scales" in module and module["weight"].dtype == mx.uint32 for module in model.modules()):
+        raise InvalidConfigurationError(
+            f'{reason} is quantised and packed weights have no gradient; set fine_tune_type to "lora", or give the '
+            "model in 16 or 32 bits"
+        )
+    model.set_dtype(mx.float32)
+    model.unfreeze()
+
+
 def _resume_adapter(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
     folder = Path(str(config.adapter_path)).expanduser()
     description = load_adapter(model, folder)
     if description.get("fine_tune_type") == "full":
-        model.set_dtype(mx.float32)
-        model.unfreeze()
+        _unfreeze_all(model, f'adapter_path: {folder} holds every weight, but the base "{config.model_name}"')
     else:
         for _, module in adapter_layers(model):
             names = [name for name in ("lora_a", "lora_b", "m") if name in module]

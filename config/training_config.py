@@ -57,8 +57,19 @@ class TrainingConfig(Declaration):
         default=None,
         meaning="Rows per forward and backward pass; gradients add up to the whole batch's. None = all at once.",
     )
+    max_memory_gb: PositiveFloat | None = option(
+        default=None,
+        meaning="Memory that a run may take, in GB of 10^9 bytes: the largest micro_batch_size that is predicted to fit "
+        "is chosen, None = no limit.",
+    )
     max_prompt_length: PositiveInt = option(
         default=512, meaning="Longest prompt, in tokens; longer ones are refused."
+    )
+
+    gradient_checkpointing: bool = option(
+        default=False,
+        meaning="Keep only each block's input for the backward pass and compute the rest again: less memory, a third "
+        "more time.",
     )
 
     # Optimiser (AdamW with bias correction)
@@ -80,6 +91,10 @@ class TrainingConfig(Declaration):
     )
     weight_decay: NonNegativeFloat = option(
         default=0.0, meaning="Decoupled weight decay per step, times learning rate."
+    )
+    optimizer_bits: Literal[32, 8] = option(
+        default=32,
+        meaning="Bits per number of the optimiser's two moments; 8 = block-wise codes, a quarter of the memory.",
     )
     max_skipped_steps: PositiveInt = option(
         default=5,

@@ -29,8 +29,15 @@ from models.decoding import complete
 from models.sampling import Sampling, uniforms_for
 from models.sft_model import LanguageModel, share_weights
 from token_attribution.extractor import pad_sequences
-from token_attribution.logprob_computer import TokenStatistics, token_logprobs, token_statistics
+from token_attribution.logprob_computer import (
+    TokenReading,
+    TokenStatistics,
+    read_tokens,
+    token_logprobs,
+    token_statistics,
+)
 from token_attribution.trunk import Trunk, find_trunk
+from token_attribution.vocabulary import LOGPROBS, Wanted
 
 
 class ModelOutput(NamedTuple):
@@ -78,7 +85,12 @@ class PolicyModel:
         # Dropout is off: two passes over the same weights must give the same logprobs.
         self.model.eval()
         mx.eval(self.model.parameters())
-        self.trunk: Trunk | None = find_trunk(self.model)
+        self.trunk: Trunk | None = find_trunk(self.model, checkpoint=config.gradient_checkpointing)
+        if self.trunk is None and config.gradient_checkpointing:
+            raise InvalidConfigurationError(
+                "gradient_checkpointing: the blocks of this architecture "
+                f"({type(self.model).__module__}) are not visible as .model.layers; leave it out"
+            )
         self.end_ids = end_token_ids(base.tokenizer)
 
     def forward(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> ModelOutput:
@@ -138,6 +150,28 @@ class PolicyModel:
         """Token logprobs and entropies, each ``(B, T)``; entropies carry gradient only if asked to."""
         return token_statistics(
             self.model, tokens, mask, temperature, trunk=self.trunk, entropy_gradient=entropy_gradient
+        )
+
+    def read(
+        self,
+        tokens: mx.array,
+        mask: mx.array,
+        temperature: float = 1.0,
+        *,
+        wanted: Wanted = LOGPROBS,
+        reference: FrozenPolicy | None = None,
+        for_gradient: bool = False,
+    ) -> TokenReading:
+        """One forward pass and all that is wanted of it, see ``token_attribution.logprob_computer.read_tokens``."""
+        return read_tokens(
+            self.model,
+            tokens,
+            mask,
+            temperature,
+            trunk=self.trunk,
+            wanted=wanted,
+            reference=(reference.model, reference.trunk) if reference is not None else None,
+            for_gradient=for_gradient,
         )
 
     @contextmanager

@@ -11,6 +11,8 @@ from config.training_config import TrainingConfig
 from models.policy_model import PolicyModel, right_padded_lengths
 from models.scalar_head import ScalarHead, load_head, require_trunk, save_head, trunk_width
 from models.sft_model import LanguageModel, share_weights
+from token_attribution.sampled_states import SampledStates, sampled_states
+from token_attribution.trunk import Trunk
 
 HEAD = "value_head.safetensors"
 
@@ -32,19 +34,20 @@ class ValueModel:
         model = share_weights(base.model)
         self.description = prepare_trainable(model, config.replace(adapter_path=None))
         model.eval()  # before anything is computed: dropout would tell the trunk's two halves from the whole
-        self._attach(model, shared=False)
+        self._attach(model, require_trunk(model, "a value network", checkpoint=config.gradient_checkpointing))
+        self.shared = False
 
     @classmethod
     def on_policy_trunk(cls, policy: PolicyModel) -> ValueModel:
         """A value head on the policy's own trunk; ``module`` then contains the policy's weights too."""
         value = cls.__new__(cls)
         value.description = policy.description
-        value._attach(policy.model, shared=True)
+        value._attach(policy.model, policy.trunk or require_trunk(policy.model, "a value network"))
+        value.shared = True
         return value
 
-    def _attach(self, model: object, *, shared: bool) -> None:
-        self.shared = shared
-        self.trunk = require_trunk(model, "a value network")  # type: ignore[arg-type]
+    def _attach(self, model: object, trunk: Trunk) -> None:
+        self.trunk = trunk
         self.module = ScalarHead(model, trunk_width(self.trunk), 0.0, mx.random.key(0))  # type: ignore[arg-type]
         self.module.eval()
         mx.eval(self.module.parameters())
@@ -57,12 +60,21 @@ class ValueModel:
     __call__ = forward
 
     def from_hidden(self, states: mx.array) -> mx.array:
-        """Values ``(B, T)`` of hidden states ``(B, T, D)``, in float32."""
+        """Values of hidden states, ``(..., D)`` to ``(...)``, in float32."""
         return self.module.head(states.astype(mx.float32))[..., 0]
 
-    def values(self, tokens: mx.array) -> mx.array:
-        """Values ``(B, T)`` in the pipeline's alignment: entry t is V before ``tokens[:, t + 1]`` is chosen."""
-        return self.from_hidden(self.trunk.hidden(tokens[:, :-1]))
+    def values(self, tokens: mx.array, mask: mx.array) -> mx.array:
+        """Values ``(B, T)`` in the pipeline's alignment: entry t is V before ``tokens[:, t + 1]`` is chosen.
+
+        Exactly 0 where the mask is False: nothing is computed there that nobody asks for.
+        """
+        return self.at_sampled(sampled_states(self.trunk, tokens, mask))
+
+    def at_sampled(self, states: SampledStates) -> mx.array:
+        """The same from the trunk's states."""
+        if states.positions.size == 0:
+            return mx.zeros(states.shape)
+        return states.back_in_place(self.from_hidden(states.rows))
 
     def save(self, folder: Path) -> None:
         """Write the head, and the adapters unless they are the policy's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -21,12 +21,21 @@ from reward_kl.kl_divergence import FixedKLController, kl_per_token
 from reward_kl.reward_computer import token_rewards, whiten_rewards
 from rewards.composition import RewardSet, ScoredBatch
 from token_attribution.extractor import extract
-from token_attribution.full_kl import full_kl
-from token_attribution.logprob_computer import TokenStatistics
 from token_attribution.masking import masked_mean, masked_sum, masked_var
+from token_attribution.vocabulary import Wanted
 from training.value_loss import explained_variance
 
-Part = TypeVar("Part", mx.array, TokenStatistics)
+
+class PolicyPass(NamedTuple):
+    """What one forward of the policy says, each (B, T); None where nobody wants it."""
+
+    logprobs: mx.array
+    entropy: mx.array | None
+    kl: mx.array | None  # exact, to the reference
+    values: mx.array | None  # of a critic on the policy's trunk
+
+
+Part = TypeVar("Part", mx.array, PolicyPass)
 
 
 class ExperienceMaker:
@@ -73,10 +82,12 @@ class ExperienceMaker:
         batch = batch._replace(mask=batch.mask & ~mx.isnan(raw)[:, None])
         scores = self.shaper.shape(raw, rollouts)
 
-        trainer = None if self._skips_old_pass(single_update) else self._in_batches(self._statistics, batch)
+        trainer = None if self._skips_old_pass(single_update) else self._in_batches(self._policy_pass, batch)
         ref = self._in_batches(self._ref_logprobs, batch) if self.reference is not None else None
-        values = self._in_batches(self._values, batch) if self.value is not None else None
-        kl = self._kl_penalty(batch, trainer, ref)
+        values = trainer.values if trainer is not None else None
+        if self.value is not None and values is None:
+            values = self._in_batches(self._values, batch)
+        kl = self._kl_penalty(trainer, ref, batch.mask)
         rewards = token_rewards(
             mx.where(mx.isnan(scores), 0.0, scores), kl, batch.mask, self.kl_controller.value
         )
@@ -88,7 +99,7 @@ class ExperienceMaker:
         greedy = self.shaper.comparable(mx.array(greedy_scores)) if greedy_scores is not None else None
         what_counts = Scored(scores, rewards, values, batch.mask, group_ids, components, weights, greedy)
         advantages, returns = assign_credit(self.algorithm.credit, what_counts, self.config)
-        if trainer is not None and self.config.top_entropy_quantile < 1:
+        if trainer is not None and trainer.entropy is not None:
             advantages = self._at_forks(advantages, trainer.entropy, self._learned_from(batch, rollouts))
         old = None if trainer is None or single_update else trainer.logprobs
         if self.config.old_logprobs_from == "rollout":
@@ -119,11 +130,23 @@ class ExperienceMaker:
         in_reward = config.kl_placement == "reward" and self.reference is not None
         return ratio_needs_none and not in_reward and config.top_entropy_quantile == 1
 
-    def _statistics(self, tokens: mx.array, mask: mx.array) -> TokenStatistics:
-        if self.config.top_entropy_quantile < 1:
-            return self.policy.statistics(tokens, mask, self.config.temperature)
-        logprobs = self.policy.logprobs(tokens, mask, self.config.temperature)
-        return TokenStatistics(logprobs, mx.zeros_like(logprobs))
+    def _policy_pass(self, tokens: mx.array, mask: mx.array) -> PolicyPass:
+        """All that anybody wants of the policy before its update, from one forward."""
+        full_kl = self.config.kl_placement == "reward" and self.config.kl_estimator == "full"
+        read, _, states = self.policy.read(
+            tokens,
+            mask,
+            self.config.temperature,
+            wanted=Wanted(entropy=self.config.top_entropy_quantile < 1, kl=full_kl),
+            reference=self.reference if full_kl else None,
+        )
+        shares = self.value is not None and self.value.shared
+        return PolicyPass(
+            states.back_in_place(read.logprobs),
+            states.back_in_place(read.entropy) if read.entropy is not None else None,
+            states.back_in_place(read.kl) if read.kl is not None else None,
+            self.value.at_sampled(states) if shares and self.value is not None else None,
+        )
 
     def _ref_logprobs(self, tokens: mx.array, mask: mx.array) -> mx.array:
         assert self.reference is not None
@@ -131,19 +154,7 @@ class ExperienceMaker:
 
     def _values(self, tokens: mx.array, mask: mx.array) -> mx.array:
         assert self.value is not None
-        return mx.where(mask, self.value.values(tokens), 0.0)
-
-    def _full_kl(self, tokens: mx.array, mask: mx.array) -> mx.array:
-        assert self.reference is not None
-        return full_kl(
-            self.policy.model,
-            self.reference.model,
-            tokens,
-            mask,
-            self.config.temperature,
-            trunk=self.policy.trunk,
-            ref_trunk=self.reference.trunk,
-        )
+        return self.value.values(tokens, mask)
 
     def _in_batches(self, run: Callable[[mx.array, mx.array], Part], batch: TokenBatch) -> Part:
         size = self.config.micro_batch_size or batch.tokens.shape[0]
@@ -152,25 +163,26 @@ class ExperienceMaker:
             part = run(batch.tokens[start : start + size], batch.mask[start : start + size])
             mx.eval(part)  # one micro-batch's activations at a time
             parts.append(part)
-        if isinstance(parts[0], TokenStatistics):
-            return TokenStatistics(*(mx.concatenate(list(column)) for column in zip(*parts, strict=True)))
+        if isinstance(parts[0], PolicyPass):
+            columns = [list(column) for column in zip(*parts, strict=True)]
+            return PolicyPass._make(c[0] if c[0] is None else mx.concatenate(c) for c in columns)
         return mx.concatenate(parts)
 
     # -- What is made of them -------------------------------------------------------------------------
 
     def _kl_penalty(
-        self, batch: TokenBatch, trainer: TokenStatistics | None, ref: mx.array | None
+        self, trainer: PolicyPass | None, ref: mx.array | None, mask: mx.array
     ) -> mx.array | None:
         """The KL (B, T) that is taken off the rewards, where the row has it there."""
         if self.config.kl_placement != "reward" or ref is None:
             return None
         estimator = self.config.kl_estimator
-        if estimator == "full":
-            return self._in_batches(self._full_kl, batch)
         assert trainer is not None
+        if estimator == "full":
+            return trainer.kl
         assert estimator is not None
         assert estimator != "k3_plain"
-        return kl_per_token(trainer.logprobs, ref, estimator, batch.mask)
+        return kl_per_token(trainer.logprobs, ref, estimator, mask)
 
     def _components(
         self, scored: ScoredBatch, rewards: mx.array, mask: mx.array

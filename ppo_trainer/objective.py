@@ -19,9 +19,10 @@ from models.policy_model import FrozenPolicy, PolicyModel
 from models.value_model import ValueModel
 from ppo_trainer.resolution import kl_is_used
 from reward_kl.kl_divergence import Estimator, FixedKLController, kl_per_token
-from token_attribution.full_kl import full_kl, full_kl_from_states
-from token_attribution.logprob_computer import TokenStatistics, statistics_from_states
+from token_attribution.logprob_computer import TokenStatistics
 from token_attribution.masking import masked_mean, masked_sum
+from token_attribution.sampled_states import SampledStates
+from token_attribution.vocabulary import Wanted
 from training.importance_correction import (
     Correction,
     MismatchStatistics,
@@ -101,14 +102,14 @@ class PolicyObjective:
         ``first``: no optimiser step has been made on this batch yet, so the policy still is the old one.
         """
         config, mask = self.config, part.mask
-        states, tokens = self._forward(part)
+        tokens, full_kl, states = self._forward(part)
         logprobs = tokens.logprobs  # (B, T)
         old = self._old(part, logprobs, first)
         per_token = policy_loss(logprobs, old, part.advantages, mask, **self._loss_options)
         keep = self._keep(part, logprobs)  # (B, T) or None
         if keep is not None:
             per_token = per_token * keep
-        kl, sampled = self._kl(part, logprobs, old, states)
+        kl, sampled = self._kl(part, logprobs, old, full_kl)
         beta = self.kl_controller.value
         # The sampler's tokens stand for the policy's only with their weight, in an estimated KL as in the rest; a
         # sum over the vocabulary was not sampled.
@@ -133,8 +134,8 @@ class PolicyObjective:
                 tokens.entropy, mask, max(whole.n_tokens, 1)
             )
         critic = clipped = mx.zeros(())
-        if states is not None and self.value is not None and self.value.shared:
-            critic, clipped = self.critic_loss(self.value.from_hidden(states), part, whole)
+        if self.value is not None and self.value.shared:
+            critic, clipped = self.critic_loss(self.value.at_sampled(states), part, whole)
             objective = objective + config.vf_coef * critic
         watched = self._watch(part, tokens, old, kl, keep, first)
         return objective, watched._replace(policy_loss=loss, value_loss=critic, value_clipped=clipped)
@@ -149,20 +150,19 @@ class PolicyObjective:
 
     # -- Its parts ------------------------------------------------------------------------------------
 
-    def _forward(self, part: Experience) -> tuple[mx.array | None, TokenStatistics]:
-        """Hidden states, where something else needs them too, and token statistics from the same forward."""
-        temperature, with_gradient = self.config.temperature, self.config.entropy_coef != 0
-        trunk = self.policy.trunk
-        shares = self.value is not None and self.value.shared
-        if trunk is None or not (shares or self._full_kl_in_loss):
-            statistics = self.policy.statistics(
-                part.tokens, part.mask, temperature, entropy_gradient=with_gradient
-            )
-            return None, statistics
-        states = trunk.hidden(part.tokens[:, :-1])
-        return states, statistics_from_states(
-            states, trunk.head, part.tokens, part.mask, temperature, entropy_gradient=with_gradient
+    def _forward(self, part: Experience) -> tuple[TokenStatistics, mx.array | None, SampledStates]:
+        """Logprobs and entropies, the exact KL (B, T) if the loss has it, and the states, all from one forward."""
+        read, _, states = self.policy.read(
+            part.tokens,
+            part.mask,
+            self.config.temperature,
+            wanted=Wanted(True, self.config.entropy_coef != 0, self._full_kl_in_loss),
+            reference=self.reference if self._full_kl_in_loss else None,
+            for_gradient=True,
         )
+        assert read.entropy is not None
+        tokens = TokenStatistics(states.back_in_place(read.logprobs), states.back_in_place(read.entropy))
+        return tokens, None if read.kl is None else states.back_in_place(read.kl), states
 
     def _old(self, part: Experience, logprobs: mx.array, first: bool) -> mx.array:
         """What the ratio is measured from, without gradient: at the first step the policy itself."""
@@ -189,44 +189,21 @@ class PolicyObjective:
         return self.config.kl_placement == "loss" and self.reference is not None and kl_is_used(self.config)
 
     def _kl(
-        self, part: Experience, logprobs: mx.array, old: mx.array, states: mx.array | None
+        self, part: Experience, logprobs: mx.array, old: mx.array, full_kl: mx.array | None
     ) -> tuple[mx.array | None, bool]:
         """The KL term (B, T) of the loss, if there is one, and whether it is estimated from the sampled tokens."""
+        if full_kl is not None:
+            return full_kl, False
         if not self._kl_in_loss:
             return None, True
-        assert self.reference is not None
-        estimator = self.config.kl_estimator
-        if estimator == "full":
-            return self._full_kl(part, self.reference, states), False
         assert part.ref_logprobs is not None
+        estimator = self.config.kl_estimator
         if estimator == "k3":
             # The ratio stays differentiable: without it the gradient would be the forward KL's.
             ratio = importance_ratio(logprobs, old, part.mask)
             return ratio * kl_per_token(logprobs, part.ref_logprobs, "k3", part.mask), True
         plain = cast(Estimator, "k3" if estimator == "k3_plain" else estimator)
         return kl_per_token(logprobs, part.ref_logprobs, plain, part.mask), True
-
-    def _full_kl(self, part: Experience, reference: FrozenPolicy, states: mx.array | None) -> mx.array:
-        temperature, trunk, theirs = self.config.temperature, self.policy.trunk, reference.trunk
-        if states is None or trunk is None or theirs is None:
-            return full_kl(
-                self.policy.model,
-                reference.model,
-                part.tokens,
-                part.mask,
-                temperature,
-                trunk=trunk,
-                ref_trunk=theirs,
-            )
-        return full_kl_from_states(
-            states,
-            trunk.head,
-            theirs.hidden(part.tokens[:, :-1]),
-            theirs.head,
-            part.mask,
-            temperature,
-            head_module=trunk.head_module() if trunk.head_module is not None else None,
-        )
 
     def _denominator(self, whole: Minibatch, part: Experience) -> float | mx.array:
         """What the loss divides by, counted over the whole minibatch so that micro-batches add up."""

@@ -342,6 +342,6 @@ def test_ppo_steps_with_a_separate_critic(tied: bool, temperature: float, tmp_pa
     assert_moved(old, updated)
     assert_same(our_logprobs(policy, temperature), updated)
     batch = extract(rollouts())
-    our_values, mask = np.array(value.values(batch.tokens)), np.array(batch.mask)
+    our_values, mask = np.array(value.values(batch.tokens, batch.mask)), np.array(batch.mask)
     assert_moved(old_values, critic.values())
     assert_same([row[real] for row, real in zip(our_values, mask, strict=True)], critic.values())

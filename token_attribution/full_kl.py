@@ -12,19 +12,15 @@ recomputed, not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
-
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
 
-from reward_kl.kl_divergence import kl_full
-from token_attribution.logprob_computer import back_in_place, true_positions
-from token_attribution.trunk import Trunk, find_trunk
+from token_attribution.logprob_computer import read_states, read_tokens
+from token_attribution.sampled_states import picked_states
+from token_attribution.trunk import Trunk
+from token_attribution.vocabulary import Head, Reference, Wanted
 
-Head = Callable[[mx.array], mx.array]
+_KL_ALONE = Wanted(kl=True, logprobs=False)
 
 
 def full_kl(
@@ -49,19 +45,11 @@ def full_kl(
     Returns:
         (B, T) float32; exactly 0, with a gradient of exactly 0, where the mask is False.
     """
-    if tokens.ndim != 2 or mask.shape != (tokens.shape[0], tokens.shape[1] - 1):
-        raise ValueError(f"tokens {tokens.shape} must be (B, T+1) and mask {mask.shape} must be (B, T).")
-    ours, theirs = _halves(model, trunk), _halves(ref_model, ref_trunk)
-    seen = tokens[:, :-1]  # (B, T)
-    return full_kl_from_states(
-        ours.hidden(seen),
-        ours.head,
-        theirs.hidden(seen),
-        theirs.head,
-        mask,
-        temperature,
-        head_module=ours.head_module() if ours.head_module is not None else None,
+    reading, _, states = read_tokens(
+        model, tokens, mask, temperature, trunk=trunk, wanted=_KL_ALONE, reference=(ref_model, ref_trunk)
     )
+    assert reading.kl is not None
+    return states.back_in_place(reading.kl)
 
 
 def full_kl_from_states(
@@ -94,116 +82,15 @@ def full_kl_from_states(
         raise ValueError(
             f"states {states.shape} and ref_states {ref_states.shape} must begin with mask {mask.shape}."
         )
-    if chunk_elements < 1:
-        raise ValueError(f"chunk_elements must be at least 1, but it is {chunk_elements}.")
-    positions = true_positions(mask)  # (N,)
-    if positions.size == 0:
-        return mx.zeros(mask.shape)
-    rows = states.reshape(-1, states.shape[-1])[positions]  # (N, D)
-    ref_rows = ref_states.reshape(-1, ref_states.shape[-1])[positions]
-    step = max(1, chunk_elements // head(rows[:1]).shape[-1])  # only the shape: nothing is computed
-    chunks = [slice(start, start + step) for start in range(0, rows.shape[0], step)]
-
-    def kl_of(rows: mx.array, chunk: slice) -> mx.array:  # (n, D) -> (n,)
-        theirs = _after([rows], ref_rows[chunk])  # the reference waits for its chunk too
-        return _kl(head(rows), mx.stop_gradient(ref_head(theirs)), temperature)
-
-    chunked = _kept if head_module is None else _recomputed(head_module)
-    return back_in_place(chunked(kl_of, rows, chunks), positions, mask.shape)
-
-
-def _halves(model: nn.Module, trunk: Trunk | None) -> Trunk:
-    """Trunk and head; a model that does not show them is all trunk."""
-    if trunk is None and isinstance(model, nn.Module):
-        trunk = find_trunk(model)
-    return trunk or Trunk(model, lambda logits: logits)
-
-
-def _kl(logits: mx.array, ref_logits: mx.array, temperature: float) -> mx.array:
-    """``kl_full`` with the gradient of the module docstring, (n, V) -> (n,).
-
-    Differentiating the sum term by term gives ``p - p * sum(p)`` on top of it, which is 0 but for rounding, and
-    rounding is all there is where the policy still is its reference.
-    """
-
-    @mx.custom_function
-    def kl(logits: mx.array) -> mx.array:
-        return kl_full(logits, ref_logits, temperature)
-
-    @kl.vjp
-    def kl_vjp(logits: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        z, z_ref = (x.astype(mx.float32) / temperature for x in (logits, ref_logits))
-        logp = z - mx.logsumexp(z, axis=-1, keepdims=True)  # (n, V)
-        log_ratio = logp - (z_ref - mx.logsumexp(z_ref, axis=-1, keepdims=True))
-        log_ratio = mx.where(logp == -mx.inf, 0.0, log_ratio)  # as in kl_full
-        p = mx.exp(logp)
-        # Its own KL, not the forward's: what the forward computed need not be computed again in a recomputation.
-        slope = p * (log_ratio - mx.sum(p * log_ratio, axis=-1, keepdims=True))
-        return (slope * (cotangent / temperature)[:, None]).astype(logits.dtype)
-
-    return cast(mx.array, kl(logits))
-
-
-# Two ways to go through the rows chunk by chunk. In each a chunk waits for the one before: MLX would otherwise be
-# free to compute them side by side, and hold all their logits at once.
-
-KLOf = Callable[[mx.array, slice], mx.array]
-
-
-def _after(done: list[mx.array], x: mx.array) -> mx.array:
-    return mx.depends([x], done)[0]
-
-
-def _kept(kl_of: KLOf, rows: mx.array, chunks: list[slice]) -> mx.array:
-    """(N, D) -> (N,); what a chunk computed stays for the backward, if there is one."""
-    done: list[mx.array] = []
-    for chunk in chunks:
-        done.append(kl_of(_after(done[-1:], rows[chunk]), chunk))
-    return mx.concatenate(done)
-
-
-def _recomputed(module: nn.Module) -> Callable[[KLOf, mx.array, list[slice]], mx.array]:
-    """The same, but nothing stays: the backward computes each chunk again, from the weights of ``module``.
-
-    ``mx.checkpoint`` on each chunk would do but for the order of the backward: all chunks could be recomputed
-    side by side, each with a gradient of the whole head in its hands.
-    """
-
-    def through(kl_of: KLOf, rows: mx.array, chunks: list[slice]) -> mx.array:
-        @mx.custom_function
-        def kl(parameters: dict[str, Any], rows: mx.array) -> mx.array:
-            with _holding(module, parameters):
-                return _kept(kl_of, rows, chunks)
-
-        @kl.vjp
-        def kl_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[dict[str, Any], mx.array]:
-            parameters, rows = primals
-
-            def pulled(parameters: dict[str, Any], rows: mx.array, chunk: slice) -> mx.array:
-                with _holding(module, parameters):
-                    return mx.sum(cotangent[chunk] * kl_of(rows, chunk))
-
-            total: dict[str, Any] = {}
-            by_row: list[mx.array] = []
-            for chunk in chunks:
-                so_far = cast(list[tuple[str, mx.array]], tree_flatten(total))
-                part = _after([*by_row[-1:], *(x for _, x in so_far)], rows[chunk])
-                gradient, row_gradient = mx.grad(pulled, argnums=(0, 1))(parameters, part, chunk)
-                total = tree_map(mx.add, total, gradient) if by_row else gradient
-                by_row.append(row_gradient)
-            return total, mx.concatenate(by_row)
-
-        return cast(mx.array, kl(module.trainable_parameters(), rows))
-
-    return through
-
-
-@contextmanager
-def _holding(module: nn.Module, parameters: dict[str, Any]) -> Iterator[None]:
-    """Within the block ``module`` computes with these arrays; afterwards it has its own again."""
-    own = module.trainable_parameters()
-    module.update(parameters)
-    try:
-        yield
-    finally:
-        module.update(own)
+    sampled = picked_states(states, mask)
+    found = read_states(
+        sampled,
+        Trunk(lambda ids: ids, head, None if head_module is None else lambda: head_module),
+        mx.zeros((mask.shape[0], mask.shape[1] + 1), dtype=mx.int32),  # no token is asked for
+        temperature,
+        wanted=_KL_ALONE,
+        reference=Reference(picked_states(ref_states, mask).rows, ref_head),
+        chunk_elements=chunk_elements,
+    )
+    assert found.kl is not None
+    return sampled.back_in_place(found.kl)

@@ -7,14 +7,22 @@ policy); leave it out of one, and the ratio of the first step is no longer 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
+from token_attribution.sampled_states import SampledStates, picked_states, sampled_states
 from token_attribution.trunk import Trunk, find_trunk
+from token_attribution.vocabulary import (
+    LOGPROBS,
+    Head,
+    Reading,
+    Reference,
+    Wanted,
+    check_temperature,
+    read_vocabulary,
+)
 
 
 class TokenStatistics(NamedTuple):
@@ -62,11 +70,7 @@ def entropy_from_logits(logits: mx.array, temperature: float = 1.0) -> mx.array:
 
 
 def _scaled_logits(logits: mx.array, temperature: float) -> mx.array:
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be greater than 0, but it is {temperature}. Greedy decoding has no logprobs; "
-            "give the temperature that the tokens were sampled at."
-        )
+    check_temperature(temperature)
     logits = logits.astype(mx.float32)
     return logits if temperature == 1.0 else logits / temperature
 
@@ -104,6 +108,7 @@ def token_statistics(
     trunk: Trunk | None = None,
     entropy: bool = True,
     entropy_gradient: bool = False,
+    for_gradient: bool = False,
 ) -> TokenStatistics:
     """Like :func:`token_logprobs`, with the entropy of each token's distribution.
 
@@ -111,33 +116,85 @@ def token_statistics(
         entropy: False gives zeros in its place, at no cost.
         entropy_gradient: let the entropy carry gradient, as a bonus in the loss needs. A metric does not, and
             without it the backward pass has less to do.
+        for_gradient: a backward pass will follow. Only speed depends on it.
     """
-    _check_alignment(tokens, mask)
-    trunk = trunk or (find_trunk(model) if isinstance(model, nn.Module) else None)
-    if trunk is None:  # no way to stop before the head: all positions go through it, and most are dropped
-        return statistics_from_states(
-            model(tokens[:, :-1]),
-            lambda z: z,
-            tokens,
-            mask,
-            temperature,
-            entropy=entropy,
-            entropy_gradient=entropy_gradient,
-        )
-    return statistics_from_states(
-        trunk.hidden(tokens[:, :-1]),
+    wanted = Wanted(entropy or entropy_gradient, entropy_gradient)
+    found, _, states = read_tokens(
+        model, tokens, mask, temperature, trunk=trunk, wanted=wanted, for_gradient=for_gradient
+    )
+    return TokenStatistics(
+        states.back_in_place(found.logprobs),
+        mx.zeros(mask.shape) if found.entropy is None else states.back_in_place(found.entropy),
+    )
+
+
+class TokenReading(NamedTuple):
+    """What was read at each sampled token, and the states that it was read from."""
+
+    reading: Reading  # (N,) each
+    trunk: Trunk
+    states: SampledStates
+
+
+def read_tokens(
+    model: nn.Module,
+    tokens: mx.array,
+    mask: mx.array,
+    temperature: float = 1.0,
+    *,
+    trunk: Trunk | None = None,
+    wanted: Wanted = LOGPROBS,
+    reference: tuple[nn.Module, Trunk | None] | None = None,
+    for_gradient: bool = False,
+) -> TokenReading:
+    """One forward pass, and all that is wanted of it: for callers that need its states for something else too.
+
+    ``reference``: the other model of ``wanted.kl``, and its trunk if the caller has it already.
+    """
+    check_alignment(tokens, mask)
+    halves = halves_of(model, trunk)
+    states = sampled_states(halves, tokens, mask)
+    theirs: Reference | None = None
+    if reference is not None:
+        other = halves_of(*reference)
+        theirs = Reference(mx.stop_gradient(sampled_states(other, tokens, mask).rows), other.head)
+    reading = read_states(
+        states, halves, tokens, temperature, wanted=wanted, reference=theirs, for_gradient=for_gradient
+    )
+    return TokenReading(reading, halves, states)
+
+
+def read_states(
+    states: SampledStates,
+    trunk: Trunk,
+    tokens: mx.array,
+    temperature: float = 1.0,
+    *,
+    wanted: Wanted = LOGPROBS,
+    reference: Reference | None = None,
+    for_gradient: bool = False,
+    chunk_elements: int | None = None,
+) -> Reading:
+    """What the vocabulary says at sampled tokens; zeros of length 0 where there are none."""
+    if states.positions.size == 0:
+        nothing = mx.zeros((0,))
+        return Reading(nothing, nothing if wanted.entropy else None, nothing if wanted.kl else None)
+    return read_vocabulary(
+        states.rows,
         trunk.head,
-        tokens,
-        mask,
+        tokens[:, 1:].reshape(-1)[states.positions],
         temperature,
-        entropy=entropy,
-        entropy_gradient=entropy_gradient,
+        wanted=wanted,
+        reference=reference,
+        head_module=trunk.head_module() if trunk.head_module is not None else None,
+        for_gradient=for_gradient,
+        chunk_elements=chunk_elements,
     )
 
 
 def statistics_from_states(
     states: mx.array,
-    head: Callable[[mx.array], mx.array],
+    head: Head,
     tokens: mx.array,
     mask: mx.array,
     temperature: float = 1.0,
@@ -145,34 +202,25 @@ def statistics_from_states(
     entropy: bool = True,
     entropy_gradient: bool = False,
 ) -> TokenStatistics:
-    """The same from the trunk's hidden states (B, T, D), for callers that need those for something else too."""
-    _check_alignment(tokens, mask)
-    # The head is by far the widest layer: it is computed where the mask is True and nowhere else.
-    sampled = true_positions(mask)  # (N,)
-    nowhere = mx.zeros(mask.shape)
-    if sampled.size == 0:
-        return TokenStatistics(nowhere, nowhere)
-    logits = head(states.reshape(-1, states.shape[-1])[sampled])  # (N, V)
-    targets = tokens[:, 1:].reshape(-1)[sampled]  # (N,)
-    logprobs = back_in_place(logprobs_from_logits(logits, targets, temperature), sampled, mask.shape)
-    if not entropy:
-        return TokenStatistics(logprobs, nowhere)
-    seen = logits if entropy_gradient else mx.stop_gradient(logits)
+    """The same from hidden states (B, T, D), or from logits with the identity as ``head``."""
+    check_alignment(tokens, mask)
+    picked = picked_states(states, mask)
+    wanted = Wanted(entropy or entropy_gradient, entropy_gradient)
+    found = read_states(picked, Trunk(lambda ids: ids, head), tokens, temperature, wanted=wanted)
     return TokenStatistics(
-        logprobs, back_in_place(entropy_from_logits(seen, temperature), sampled, mask.shape)
+        picked.back_in_place(found.logprobs),
+        mx.zeros(mask.shape) if found.entropy is None else picked.back_in_place(found.entropy),
     )
 
 
-def true_positions(mask: mx.array) -> mx.array:
-    """Where the flattened mask is True: (N,) int32. It reads the mask's values, so it waits for them."""
-    return mx.array(np.flatnonzero(np.array(mask)).astype(np.int32))
+def halves_of(model: nn.Module, trunk: Trunk | None) -> Trunk:
+    """Trunk and head; a model that does not show them is all trunk."""
+    if trunk is None and isinstance(model, nn.Module):
+        trunk = find_trunk(model)
+    return trunk or Trunk(lambda tokens, cache=None: model(tokens), lambda logits: logits)
 
 
-def back_in_place(x: mx.array, positions: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """One number for each of the flat ``positions``, (N,), put into float32 zeros of ``shape``."""
-    return mx.zeros(shape).reshape(-1).at[positions].add(x).reshape(shape)
-
-
-def _check_alignment(tokens: mx.array, mask: mx.array) -> None:
+def check_alignment(tokens: mx.array, mask: mx.array) -> None:
+    """Refuse tokens and mask that do not belong together."""
     if tokens.ndim != 2 or mask.shape != (tokens.shape[0], tokens.shape[1] - 1):
         raise ValueError(f"tokens {tokens.shape} must be (B, T+1) and mask {mask.shape} must be (B, T).")

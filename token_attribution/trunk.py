@@ -8,10 +8,16 @@ proved on a probe: ``head(hidden(x))`` must equal ``model(x)`` bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from token_attribution.checkpointing import checkpointed
+from token_attribution.host_kernels import fast_kernels
+from token_attribution.shared_prompts import PromptSharing
 
 
 class Trunk(NamedTuple):
@@ -20,10 +26,13 @@ class Trunk(NamedTuple):
     hidden: Callable[..., mx.array]  # (B, T) int32, cache=None -> (B, T, D), after the final norm
     head: Callable[[mx.array], mx.array]  # (..., D) -> (..., V)
     head_module: Callable[[], nn.Module] | None = None  # who owns the head's weights now, adapters included
+    sharing: PromptSharing | None = None  # whether completions can share their prompt's pass; None: no
 
 
-def find_trunk(model: nn.Module) -> Trunk | None:
+def find_trunk(model: nn.Module, *, checkpoint: bool = False) -> Trunk | None:
     """The trunk and head of an mlx-lm model, or None where its structure does not show them.
+
+    ``checkpoint``: its blocks keep their inputs alone for the backward pass, see ``checkpointing``.
 
     The functions look modules up when called, so adapters that are added later are seen.
     """
@@ -33,11 +42,12 @@ def find_trunk(model: nn.Module) -> Trunk | None:
         return None
 
     def hidden(tokens: mx.array, cache: Any = None) -> mx.array:
-        return inner(tokens, cache=cache)
+        with fast_kernels(), checkpointed(inner.layers) if checkpoint else nullcontext():
+            return inner(tokens, cache=cache)
 
     for head, head_module in _head_candidates(owner, inner):
         if _composes(model, hidden, head):
-            return Trunk(hidden, head, head_module)
+            return Trunk(hidden, head, head_module, PromptSharing(hidden, lambda: make_prompt_cache(model)))
     return None
 
 
@@ -62,5 +72,6 @@ def _composes(
     states = hidden(probe)
     if not isinstance(states, mx.array) or states.ndim != 3:
         return False
-    whole, halves = model(probe), head(states)
+    with fast_kernels():
+        whole, halves = model(probe), head(states)
     return whole.shape == halves.shape and bool(mx.array_equal(whole, halves))

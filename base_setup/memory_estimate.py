@@ -1,0 +1,431 @@
+"""How much memory a run will need, from ``config.json`` and the options alone: no weights, no MLX.
+
+    peak = what lives through the run + the largest of its phases
+
+    lives through     weights, the trained copy, the critic, adapters, the optimiser's moments
+    rollouts          keys and values of every completion, the logits being sampled from
+    gradient pass     activations of one micro-batch, logits of one chunk, gradients
+    update            gradients, and the numbers of the part being updated
+
+The activations are counted array by array in a block of the Llama kind (RMS norms, rotary positions, grouped keys, a
+gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU the vocabulary head stops in the middle of
+the forward pass to compute in NumPy, so that everything computed until then is alive at once; elsewhere only what the
+backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of a real step.
+
+Not counted: Python and the libraries themselves (0.3 to 0.5 GB), and the buffers that MLX keeps for reuse on a GPU,
+which it gives back when memory runs short.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from base_setup.backend import installed_build
+from config.errors import ModelLoadError
+from config.ppo_config import PPOConfig
+
+GB = 10**9
+MACHINES = (8, 16, 24, 64, 128)  # GB of memory that machines come with
+#: Share of a machine's memory that one program can count on: what Metal recommends as a working set.
+USABLE = 0.7
+
+FLOAT32 = 4
+#: Mirrors of what the modules above this one work with; tests hold them equal.
+LOGITS_AT_ONCE = 1 << 25  # token_attribution.vocabulary.CHUNK_ELEMENTS
+UPDATED_AT_ONCE = 1 << 19  # training.adamw.CHUNK
+CODED_FROM, CODED_BLOCK = 4096, 256  # training.adamw.SMALLEST, BLOCK
+PASS_TOKENS = {"cpu": 32, "metal": 512, "cuda": 512}  # token_attribution.sampled_states
+
+
+class Matrix(NamedTuple):
+    """Linear layers of one shape: ``count`` of them in the model."""
+
+    inputs: int
+    outputs: int
+    count: int  # type: ignore[assignment]  # hides tuple's own
+
+    @property
+    def numbers(self) -> int:
+        """Weights of one of them."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What of a ``config.json`` the memory depends on."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    experts: int  # feed-forward networks per block; 1 where there is no choice
+    active_experts: int  # of them, per token
+    norms: int  # numbers in the norms of one block
+    weight_bytes: float  # per number of the base model's matrices, scales included
+    small_bytes: int  # per number of its norms, and of activations
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], device: str) -> Architecture:
+        """Read the keys of the Llama, Qwen and GPT families; ``device``: cpu, metal or cuda."""
+        inner = config.get("text_config")
+        config = {**config, **inner} if isinstance(inner, Mapping) else config
+        hidden = _whole(config, "hidden_size", "n_embd", "d_model")
+        heads = _whole(config, "num_attention_heads", "n_head")
+        experts = _whole(config, "num_experts", "num_local_experts", "n_routed_experts", default=1)
+        feed_forward = _whole(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+        if experts > 1:
+            feed_forward = _whole(config, "moe_intermediate_size", default=feed_forward)
+        head_dim = _whole(config, "head_dim", default=hidden // heads)
+        small = FLOAT32 if device == "cpu" or config.get("torch_dtype") == "float32" else 2
+        bits = config.get("quantization") or config.get("quantization_config")
+        weight = float(small)
+        if isinstance(bits, Mapping):
+            group = _whole(bits, "group_size", default=64)
+            weight = (
+                _whole(bits, "bits", default=4) / 8 + 2 * small / group
+            )  # a scale and a bias for each group
+        qk_norm = 2 * head_dim if str(config.get("model_type", "")).startswith(("qwen3", "gemma3")) else 0
+        return cls(
+            hidden=hidden,
+            layers=_whole(config, "num_hidden_layers", "n_layer"),
+            heads=heads,
+            kv_heads=_whole(config, "num_key_value_heads", default=heads),
+            head_dim=head_dim,
+            intermediate=feed_forward,
+            vocabulary=_whole(config, "vocab_size"),
+            tied=bool(config.get("tie_word_embeddings", True)),
+            experts=experts,
+            active_experts=_whole(config, "num_experts_per_tok", default=1),
+            norms=2 * hidden + qk_norm,
+            weight_bytes=weight,
+            small_bytes=small,
+        )
+
+    @property
+    def queries(self) -> int:
+        """Width of the queries of one token."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of the keys of one token; the values are as wide."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def linear(self) -> list[Matrix]:
+        """The linear layers of one block."""
+        d, f, e = self.hidden, self.intermediate, self.experts
+        return [
+            Matrix(d, self.queries, 1),
+            Matrix(d, self.keys, 2),
+            Matrix(self.queries, d, 1),
+            Matrix(d, f, 2 * e),
+            Matrix(f, d, e),
+        ]
+
+    @property
+    def embedding(self) -> int:
+        """Numbers in the embedding; an untied head has as many again."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def numbers(self) -> int:
+        """All parameters."""
+        block = sum(m.numbers * m.count for m in self.linear) + self.norms
+        return self.layers * block + self.embedding * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the base model as it is loaded."""
+        norms = self.layers * self.norms + self.hidden
+        return round((self.numbers - norms) * self.weight_bytes + norms * self.small_bytes)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model folder."""
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelLoadError(
+            f"{path}: it cannot be read ({error.strerror}); give a folder with a model"
+        ) from error
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{path}: a JSON object is expected")
+    return config
+
+
+def _whole(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelLoadError(f"config.json: {name} is {value!r}, a whole number from 1 up is expected")
+        return value
+    if default is None:
+        raise ModelLoadError(f"config.json: there is no {names[0]}, which the memory estimate needs")
+    return default
+
+
+# The estimate --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. Parts that live through the run, and what each phase adds to them."""
+
+    lasting: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is alive at the peak, by name."""
+        return {**self.lasting, **self.phases[self.phase]}
+
+    @property
+    def peak(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+    def peak_of(self, phase: str) -> int:
+        """The most that this phase reaches."""
+        return sum(self.lasting.values()) + sum(self.phases[phase].values())
+
+
+class _Pass(NamedTuple):
+    """A forward pass over ``rows`` sequences of ``length`` tokens, each token seeing at most ``span``."""
+
+    rows: int
+    length: int
+    span: int
+    continued: int = 0  # tokens of a shared prompt before each row
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def predict(
+    model: Mapping[str, Any],
+    options: PPOConfig,
+    *,
+    critic: bool,
+    device: str | None = None,
+    prompt_length: int | None = None,
+) -> MemoryEstimate:
+    """What a run of ``PPOTrainer`` will need at most.
+
+    Args:
+        model: the contents of the model's ``config.json``.
+        options: as ``resolve_config`` leaves them; ``micro_batch_size`` counts rows, None = the whole minibatch.
+        critic: whether the algorithm has a value network.
+        device: cpu, metal or cuda; None: what is installed here.
+        prompt_length: tokens of the longest prompt; None: ``max_prompt_length``.
+    """
+    device = device or _installed_device()
+    if device not in PASS_TOKENS:
+        raise ValueError(f"device must be one of {', '.join(PASS_TOKENS)}, but it is {device}")
+    arch = Architecture.from_config(model, device)
+    lora = options.fine_tune_type == "lora"
+    trained = _trained(arch, options)
+    numbers = sum(size * count for size, count in trained)
+    separate = critic and options.value_network == "separate"
+    networks = 2 if separate else 1
+    gradients = numbers * FLOAT32
+    lasting = {
+        "base weights": arch.weights,
+        "trained weights": 0 if lora else numbers * FLOAT32 * networks,
+        "adapters": numbers * FLOAT32 * networks if lora else 0,
+        "optimiser state": networks * sum(count * _moments(size, options) for size, count in trained),
+        "reference": _reference(arch, options, gradients, device),
+        "sampling copy": _sampling_copy(arch, options, gradients),
+    }
+    prompt = prompt_length or options.max_prompt_length
+    every_row = options.batch_size * options.group_size
+    rows = min(options.minibatch_size or every_row, every_row)
+    micro = min(options.micro_batch_size or rows, rows)
+    passes = _passes(micro, min(micro, options.batch_size), prompt, options.max_new_tokens, device)
+    several = micro < rows
+    keeps = _kept(arch, options, passes, device)
+    sampled = micro * options.max_new_tokens
+    logits, head_gradient = _head(arch, options, sampled, device)
+    gradient_pass = {
+        "activations": keeps,
+        "logits": logits,
+        # The sum so far, and this micro-batch's own while its graph is still there. The head's comes first.
+        "gradients": (gradients if several else 0) + head_gradient,
+    }
+    backward = {
+        "activations": keeps if device != "cpu" else _read_back(arch, options, passes),
+        "gradients": gradients * (2 if several else 1),
+    }
+    phases = {
+        "rollouts": _rollouts(arch, options, min(every_row, options.rollout_batch_size), prompt, device),
+        "scoring": _scoring(arch, options, passes, sampled),
+        "gradient pass": max((gradient_pass, backward), key=lambda parts: sum(parts.values())),
+        "update": {"gradients": gradients, "part being updated": _update_room(trained, options)},
+    }
+    return MemoryEstimate(lasting, phases)
+
+
+def _installed_device() -> str:
+    build = installed_build()
+    return "cpu" if build == "source" else build
+
+
+def _trained(arch: Architecture, options: PPOConfig) -> list[tuple[int, int]]:
+    """Sizes of the arrays that train, and how many there are of each."""
+    if options.fine_tune_type == "full":
+        arrays = [(m.numbers, m.count * arch.layers) for m in arch.linear]
+        return [*arrays, (arch.embedding, 1 if arch.tied else 2), (arch.hidden, 2 * arch.layers + 1)]
+    blocks = arch.layers if options.lora_layers < 0 else min(options.lora_layers, arch.layers)
+    rank = options.lora_r
+    return [(width * rank, m.count * blocks) for m in arch.linear for width in (m.inputs, m.outputs)]
+
+
+def _moments(size: int, options: PPOConfig) -> int:
+    """Bytes of both moments of an array."""
+    if options.optimizer_bits == 8 and size >= CODED_FROM:
+        return 2 * size + 2 * FLOAT32 * math.ceil(size / CODED_BLOCK)
+    return 2 * FLOAT32 * size
+
+
+def _reference(arch: Architecture, options: PPOConfig, trained: int, device: str) -> int:
+    """What a reference has for itself: the base's arrays are shared."""
+    if options.reference == "none":
+        return 0
+    if options.reference_path is not None:
+        return arch.weights
+    own = options.reference_sync_every is not None
+    # The policy before its first update is in float32, which the base on a GPU need not be.
+    converted = (
+        options.fine_tune_type == "full" and arch.small_bytes != FLOAT32 and options.reference == "initial"
+    )
+    return trained if own or converted else 0
+
+
+def _sampling_copy(arch: Architecture, options: PPOConfig, trained: int) -> int:
+    if not options.samples_from_copy:
+        return 0
+    if not options.quantize_for_rollouts:
+        return trained
+    per_number = options.rollout_bits / 8 + 2 * arch.small_bytes / options.rollout_quant_group_size
+    return round(arch.numbers * min(per_number, arch.weight_bytes))
+
+
+def _passes(rows: int, prompts: int, prompt: int, new: int, device: str) -> list[_Pass]:
+    """The passes of one micro-batch: each distinct prompt once and then the completions, where that is less."""
+    whole = prompt + new - 1
+    if rows == prompts or prompts * prompt + rows * (new - 1) + PASS_TOKENS[device] >= rows * whole:
+        return [_Pass(rows, whole, whole)]
+    return [_Pass(prompts, prompt, prompt), _Pass(rows, new - 1, whole, prompt)]
+
+
+def _linear_outputs(arch: Architecture) -> int:
+    """Numbers per token that the linear layers of a block put out."""
+    feed_forward = arch.intermediate * arch.active_experts
+    return arch.queries + 2 * arch.keys + arch.hidden + 2 * feed_forward + arch.hidden * arch.active_experts
+
+
+def _kept(arch: Architecture, options: PPOConfig, passes: list[_Pass], device: str) -> int:
+    """Bytes of activations at the end of the forward pass."""
+    return _everything(arch, options, passes) if device == "cpu" else _read_back(arch, options, passes)
+
+
+def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> int:
+    """Every array of the forward pass, as MLX composes it on the CPU: it is evaluated while it is being recorded."""
+    feed_forward = arch.intermediate * arch.active_experts
+    outputs = _linear_outputs(arch)
+    total = 0
+    for one in passes:
+        per_token = (
+            8 * arch.hidden  # two norms of three arrays, two sums
+            + outputs
+            + 10 * arch.queries  # norm 3, rotation 4, scaled, attended, in order again
+            + 7 * arch.keys  # norm 3, rotation 4
+            + 3 * feed_forward  # sigmoid and two products
+            + 3 * arch.heads * one.span  # scores, masked, softmax
+        )
+        if options.fine_tune_type == "lora":  # through both factors, scaled, and the sum
+            per_token += 3 * outputs + 7 * options.lora_r
+        cached = 2 * arch.keys * one.rows * (one.continued + one.span) if one.continued else 0
+        total += arch.layers * (per_token * one.tokens + cached) + 5 * arch.hidden * one.tokens
+    return total * FLOAT32
+
+
+def _read_back(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> int:
+    """What of the forward pass the backward pass reads."""
+    feed_forward = arch.intermediate * arch.active_experts
+    total = 0
+    for one in passes:
+        per_token = (
+            4 * arch.hidden  # what the norms read, and what they hand to the linear layers
+            + 3 * arch.queries  # before its norm, scaled, and what attention hands to its output layer
+            + 3 * arch.keys
+            + 5 * feed_forward  # gate, sigmoid, their product, up, all three's product
+            + arch.heads * one.span  # softmax
+        )
+        if options.fine_tune_type == "lora":
+            per_token += 7 * options.lora_r
+        cached = 2 * arch.keys * one.rows * one.continued
+        total += arch.layers * (per_token * one.tokens + cached) + 2 * arch.hidden * one.tokens
+    return total * arch.small_bytes
+
+
+def _head(arch: Architecture, options: PPOConfig, sampled: int, device: str) -> tuple[int, int]:
+    """Bytes of the logits of a chunk with what is made of them, and of the gradient of the head's weights."""
+    rows = min(sampled, max(1, LOGITS_AT_ONCE // arch.vocabulary))
+    logits = rows * arch.vocabulary * FLOAT32
+    copies = 1 if device == "cpu" else 4  # in NumPy they are written over; else logprobs, p, slopes
+    if options.fine_tune_type == "lora":
+        return logits * copies, 0
+    chunks = math.ceil(sampled / rows)
+    return logits * copies, arch.embedding * FLOAT32 * (1 if chunks == 1 else 2)
+
+
+def _rollouts(arch: Architecture, options: PPOConfig, rows: int, prompt: int, device: str) -> dict[str, int]:
+    """Keys and values of all rows, one layer's copy while it grows, and a few arrays over the vocabulary."""
+    columns = prompt + options.max_new_tokens
+    cache = 2 * arch.keys * rows * columns * arch.small_bytes
+    return {
+        "keys and values": cache * (arch.layers + 1),
+        "logits": 3 * rows * arch.vocabulary * FLOAT32,
+    }
+
+
+def _scoring(arch: Architecture, options: PPOConfig, passes: list[_Pass], sampled: int) -> dict[str, int]:
+    """A pass without gradient: one layer's arrays, the prompts' keys of all layers, and the logits of a chunk."""
+    widest = max(
+        one.tokens
+        * (4 * arch.intermediate * arch.active_experts + 4 * arch.hidden + 2 * arch.heads * one.span)
+        for one in passes
+    )
+    shared = sum(one.tokens for one in passes if not one.continued) if len(passes) > 1 else 0
+    keys = 2 * arch.keys * shared * arch.layers
+    rows = min(sampled, max(1, LOGITS_AT_ONCE // arch.vocabulary))
+    return {
+        "activations": (widest + keys) * arch.small_bytes,
+        "logits": rows * arch.vocabulary * FLOAT32,
+    }
+
+
+def _update_room(trained: list[tuple[int, int]], options: PPOConfig) -> int:
+    numbers = min(sum(size * count for size, count in trained), 2 * UPDATED_AT_ONCE)
+    return numbers * FLOAT32 * (5 if options.optimizer_bits == 32 else 10)
