@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -46,23 +46,30 @@ class Generator:
         group_size: int | None = None,
         temperature: float | None = None,
         first_member: int = 0,
+        on_group: Callable[[list[Rollout]], None] | None = None,
     ) -> list[Rollout]:
-        """Rollouts of each prompt's group, in the order of ``prompts``, members counted from ``first_member``."""
-        config = self.config
+        """Rollouts of each prompt's group, in the order of ``prompts``, members counted from ``first_member``.
+
+        ``on_group``: called with each group as soon as its last member has ended, while others are decoded.
+        """
+        config, policy, sampler = self.config, self.policy, self.rollout_policy
+        if not prompts:
+            return []
         count = group_size or config.group_size
         members = [(prompt, m) for prompt in prompts for m in range(first_member, first_member + count)]
-        sampling = self.sampling if temperature is None else self.sampling._replace(temperature=temperature)
-        rollouts: list[Rollout] = []
-        for start in range(0, len(members), config.rollout_batch_size):
-            part = members[start : start + config.rollout_batch_size]
-            rollouts += self._sample(part, step, sampling)
-        return rollouts
-
-    def _sample(self, members: Sequence[tuple[Prompt, int]], step: int, sampling: Sampling) -> list[Rollout]:
-        config, policy, sampler = self.config, self.policy, self.rollout_policy
-        distinct = {prompt.ids: None for prompt, _ in members}  # a dict keeps the order
+        distinct = {prompt.ids: None for prompt in prompts}  # a dict keeps the order
         place = {ids: i for i, ids in enumerate(distinct)}
-        completions = complete(
+        rollouts: dict[int, Rollout] = {}
+        missing = [count] * len(prompts)
+
+        def on_done(row: int, completion: Completion) -> None:
+            rollouts[row] = self._rollout(*members[row], completion)
+            group = row // count
+            missing[group] -= 1
+            if on_group is not None and not missing[group]:
+                on_group([rollouts[row] for row in range(group * count, (group + 1) * count)])
+
+        complete(
             sampler.model,
             list(distinct),
             [place[prompt.ids] for prompt, _ in members],
@@ -71,10 +78,14 @@ class Generator:
             ),
             end_ids=policy.end_ids,
             max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
+            sampling=(
+                self.sampling if temperature is None else self.sampling._replace(temperature=temperature)
+            ),
             trunk=sampler.trunk,
+            max_rows=config.rollout_batch_size,
+            on_done=on_done,
         )
-        return [self._rollout(prompt, m, c) for (prompt, m), c in zip(members, completions, strict=True)]
+        return [rollouts[row] for row in range(len(members))]
 
     def _rollout(self, prompt: Prompt, member: int, completion: Completion) -> Rollout:
         text = self.policy.tokenizer.decode(completion.ids, skip_special_tokens=True)
