@@ -127,6 +127,11 @@ class PPOConfig(TrainingConfig):
     reward_weights: list[float] | None = option(
         default=None, meaning="Weight of each reward, in order; none = 1 each."
     )
+    score_while_decoding: bool = option(
+        default=False,
+        meaning="Score each group in a second thread once it is complete, while others are decoded; rewards then see a "
+        "group at a time.",
+    )
     score_scaling: Literal["none", "std", "norm"] = option(
         default="none",
         meaning="Divide scores by the running standard deviation of all scores so far (std), after taking off their "
