@@ -75,6 +75,7 @@ class ModelTrainer:
         learning_rate: float | None = None,
     ) -> None:
         self.module = module
+        set_memory_limits()  # a no-op but on Metal
         self.max_grad_norm = config.max_grad_norm
         self.max_skipped = config.max_skipped_steps
         self.skipped_in_a_row = 0
