@@ -1,3 +1,3 @@
-"""Measurements that the documentation quotes, and the work that they measure."""
+"""Measurements: each module is a command, ``./run python -m benchmarks.NAME``."""
 
 import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process before MLX)

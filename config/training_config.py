@@ -61,6 +61,12 @@ class TrainingConfig(Declaration):
         default=512, meaning="Longest prompt, in tokens; longer ones are refused."
     )
 
+    gradient_checkpointing: bool = option(
+        default=False,
+        meaning="Keep only each block's input for the backward pass and compute the rest again: less memory, a third "
+        "more time.",
+    )
+
     # Optimiser (AdamW with bias correction)
     learning_rate: PositiveFloat = option(default=1e-5, meaning="Peak step size of AdamW (alpha).")
     lr_schedule: Literal["constant", "linear", "cosine"] = option(

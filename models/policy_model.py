@@ -37,7 +37,7 @@ from token_attribution.logprob_computer import (
     token_statistics,
 )
 from token_attribution.trunk import Trunk, find_trunk
-from token_attribution.vocabulary import Wanted
+from token_attribution.vocabulary import LOGPROBS, Wanted
 
 
 class ModelOutput(NamedTuple):
@@ -85,7 +85,12 @@ class PolicyModel:
         # Dropout is off: two passes over the same weights must give the same logprobs.
         self.model.eval()
         mx.eval(self.model.parameters())
-        self.trunk: Trunk | None = find_trunk(self.model)
+        self.trunk: Trunk | None = find_trunk(self.model, checkpoint=config.gradient_checkpointing)
+        if self.trunk is None and config.gradient_checkpointing:
+            raise InvalidConfigurationError(
+                "gradient_checkpointing: the blocks of this architecture "
+                f"({type(self.model).__module__}) are not visible as .model.layers; leave it out"
+            )
         self.end_ids = end_token_ids(base.tokenizer)
 
     def forward(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> ModelOutput:
@@ -153,7 +158,7 @@ class PolicyModel:
         mask: mx.array,
         temperature: float = 1.0,
         *,
-        wanted: Wanted = Wanted(),
+        wanted: Wanted = LOGPROBS,
         reference: FrozenPolicy | None = None,
         for_gradient: bool = False,
     ) -> TokenReading:

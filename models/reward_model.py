@@ -42,7 +42,7 @@ class RewardModel:
         model = share_weights(base.model)
         self.description = prepare_trainable(model, config)
         model.eval()  # before anything is computed: dropout would tell the trunk's two halves from the whole
-        self.trunk = require_trunk(model, "a reward model")
+        self.trunk = require_trunk(model, "a reward model", checkpoint=config.gradient_checkpointing)
         width = trunk_width(self.trunk)
         self.module = ScalarHead(model, width, (width + 1) ** -0.5, mx.random.key(config.seed))
         self.module.eval()

@@ -24,9 +24,9 @@ class ScalarHead(nn.Module):
         self.head.bias = mx.zeros((1,))
 
 
-def require_trunk(model: nn.Module, purpose: str) -> Trunk:
-    """The model's trunk, or a refusal that says what needed it."""
-    trunk = find_trunk(model)
+def require_trunk(model: nn.Module, purpose: str, *, checkpoint: bool = False) -> Trunk:
+    """The model's trunk, or a refusal that says what needed it; ``checkpoint``: see :func:`find_trunk`."""
+    trunk = find_trunk(model, checkpoint=checkpoint)
     if trunk is None:
         raise ModelLoadError(
             f"{purpose} needs the model's hidden states, which the architecture {type(model).__module__} does "

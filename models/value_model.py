@@ -12,6 +12,7 @@ from models.policy_model import PolicyModel, right_padded_lengths
 from models.scalar_head import ScalarHead, load_head, require_trunk, save_head, trunk_width
 from models.sft_model import LanguageModel, share_weights
 from token_attribution.sampled_states import SampledStates, sampled_states
+from token_attribution.trunk import Trunk
 
 HEAD = "value_head.safetensors"
 
@@ -33,19 +34,20 @@ class ValueModel:
         model = share_weights(base.model)
         self.description = prepare_trainable(model, config.replace(adapter_path=None))
         model.eval()  # before anything is computed: dropout would tell the trunk's two halves from the whole
-        self._attach(model, shared=False)
+        self._attach(model, require_trunk(model, "a value network", checkpoint=config.gradient_checkpointing))
+        self.shared = False
 
     @classmethod
     def on_policy_trunk(cls, policy: PolicyModel) -> ValueModel:
         """A value head on the policy's own trunk; ``module`` then contains the policy's weights too."""
         value = cls.__new__(cls)
         value.description = policy.description
-        value._attach(policy.model, shared=True)
+        value._attach(policy.model, policy.trunk or require_trunk(policy.model, "a value network"))
+        value.shared = True
         return value
 
-    def _attach(self, model: object, *, shared: bool) -> None:
-        self.shared = shared
-        self.trunk = require_trunk(model, "a value network")  # type: ignore[arg-type]
+    def _attach(self, model: object, trunk: Trunk) -> None:
+        self.trunk = trunk
         self.module = ScalarHead(model, trunk_width(self.trunk), 0.0, mx.random.key(0))  # type: ignore[arg-type]
         self.module.eval()
         mx.eval(self.module.parameters())

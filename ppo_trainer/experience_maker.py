@@ -26,7 +26,6 @@ from token_attribution.vocabulary import Wanted
 from training.value_loss import explained_variance
 
 
-
 class PolicyPass(NamedTuple):
     """What one forward of the policy says, each (B, T); None where nobody wants it."""
 
@@ -165,9 +164,8 @@ class ExperienceMaker:
             mx.eval(part)  # one micro-batch's activations at a time
             parts.append(part)
         if isinstance(parts[0], PolicyPass):
-            return PolicyPass(
-                *(None if column[0] is None else mx.concatenate(column) for column in zip(*parts, strict=True))
-            )
+            columns = [list(column) for column in zip(*parts, strict=True)]
+            return PolicyPass._make(c[0] if c[0] is None else mx.concatenate(c) for c in columns)
         return mx.concatenate(parts)
 
     # -- What is made of them -------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from base_setup.backend import device_kind
 from config.ppo_config import PPOConfig
 from experience_buffer.buffer_manager import ExperienceBuffer, Minibatch
 from experience_buffer.data_structures import Experience
@@ -16,6 +18,10 @@ from ppo_trainer.resolution import kl_is_used
 from reward_kl.kl_divergence import FixedKLController
 from training.importance_correction import effective_sample_size
 from training.model_trainer import ModelTrainer, StepReport
+
+#: Tokens of a forward and backward pass where more of them at once are no faster (measured, docs/performance.md). What
+#: does not stand here takes all rows at once.
+PASS_TOKENS = {"cpu": 1280}
 
 
 class Updater:
@@ -47,9 +53,7 @@ class Updater:
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         """All epochs over one batch of rollouts; metrics are means over its tokens and optimiser steps."""
         config = self.config
-        buffer = ExperienceBuffer(
-            experience, minibatch_size=config.minibatch_size, micro_batch_size=config.micro_batch_size
-        )
+        buffer = self._buffer(experience)
         merged: Watched | None = None
         reports: list[StepReport] = []
         value_reports: list[StepReport] = []
@@ -68,6 +72,35 @@ class Updater:
                     value_reports.append(self._value_step(minibatch))
         return self._metrics(merged, reports, value_reports)
 
+    def _buffer(self, experience: Experience) -> ExperienceBuffer:
+        config = self.config
+        rows = config.micro_batch_size
+        # The mean of micro-batches' means depends on what they are, so there a pass is what the user says it is.
+        efficient = rows is None and config.reduction != "micro_batch_mean"
+        return ExperienceBuffer(
+            experience,
+            minibatch_size=config.minibatch_size,
+            micro_batch_size=rows,
+            micro_batch_tokens=PASS_TOKENS.get(device_kind()) if efficient else None,
+            teaches=(
+                np.array(mx.any((experience.advantages != 0) & experience.mask, axis=1))
+                if self._only_advantages_teach
+                else None
+            ),
+        )
+
+    @property
+    def _only_advantages_teach(self) -> bool:
+        """Whether a row whose advantages are all 0 has a gradient of exactly 0, and may stay out of the pass."""
+        config = self.config
+        kl_in_loss = config.kl_placement == "loss" and kl_is_used(config)
+        return (
+            self.value is None
+            and not kl_in_loss
+            and config.entropy_coef == 0
+            and config.reduction != "micro_batch_mean"
+        )
+
     def _policy_step(self, minibatch: Minibatch, *, first: bool) -> StepReport:
         # Until the first step the policy is still the old one: its ratio is exactly 1.
         return self.policy_trainer.step(
@@ -82,7 +115,9 @@ class Updater:
         value = self.value
 
         def loss(part: Experience) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-            critic, clipped = self.objective.critic_loss(value.values(part.tokens, part.mask), part, minibatch)
+            critic, clipped = self.objective.critic_loss(
+                value.values(part.tokens, part.mask), part, minibatch
+            )
             return critic, (critic, clipped)
 
         return self.value_trainer.step(loss, minibatch.micro_batches)

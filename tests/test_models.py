@@ -44,6 +44,7 @@ from models.sft_model import (
 )
 from models.value_model import ValueModel
 from token_attribution.extractor import pad_sequences
+from token_attribution.host_kernels import fast_kernels
 from training.model_trainer import ModelTrainer
 
 SMALL = ModelConfig(
@@ -73,7 +74,8 @@ def moved(policy: PolicyModel) -> PolicyModel:
 
 
 def logits(model: Any) -> np.ndarray:
-    return np.array(model(IDS))
+    with fast_kernels():  # as the trunk of a PolicyModel computes, so that bits can be compared
+        return np.array(model(IDS))
 
 
 def numbers(model: nn.Module) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from token_attribution.logprob_computer import read_states, read_tokens
-from token_attribution.sampled_states import SampledStates, true_positions
+from token_attribution.sampled_states import picked_states
 from token_attribution.trunk import Trunk
 from token_attribution.vocabulary import Head, Reference, Wanted
 
@@ -82,19 +82,14 @@ def full_kl_from_states(
         raise ValueError(
             f"states {states.shape} and ref_states {ref_states.shape} must begin with mask {mask.shape}."
         )
-    positions = true_positions(mask)  # (N,)
-
-    def rows(x: mx.array) -> mx.array:
-        return x.reshape(-1, x.shape[-1])[positions]
-
-    sampled = SampledStates(rows(states), positions, tuple(mask.shape))
+    sampled = picked_states(states, mask)
     found = read_states(
         sampled,
         Trunk(lambda ids: ids, head, None if head_module is None else lambda: head_module),
         mx.zeros((mask.shape[0], mask.shape[1] + 1), dtype=mx.int32),  # no token is asked for
         temperature,
         wanted=_KL_ALONE,
-        reference=Reference(rows(ref_states), ref_head),
+        reference=Reference(picked_states(ref_states, mask).rows, ref_head),
         chunk_elements=chunk_elements,
     )
     assert found.kl is not None

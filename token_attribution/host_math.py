@@ -23,6 +23,7 @@ from base_setup.backend import device_kind
 
 _BLOCK = 1 << 18  # float32 elements that a thread works on at a time, 1 MiB: measured best of 2^14 to 2^18
 _PARALLEL = 1 << 18  # up to this many elements a second thread costs more than it brings
+_SUMMED = 1 << 14  # squares that are added in float32 before they go on in float64
 _LOWEST = -1e30  # in place of -inf where it meets a probability of 0: their product must be 0, not NaN
 
 
@@ -122,6 +123,64 @@ def logit_slopes(
         z[np.arange(len(z)), targets[rows]] += g / tau
 
     in_blocks(work, n, width)
+
+
+def scale_rows(x: np.ndarray, factors: np.ndarray) -> None:
+    """Multiply each row of ``x`` (n, V) by its factor, in place."""
+
+    def work(rows: slice) -> None:
+        np.multiply(x[rows], factors[rows, None], out=x[rows])
+
+    in_blocks(work, *x.shape)
+
+
+def adamw(
+    weights: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    gradient: np.ndarray,
+    *,
+    factor: float,
+    beta1: float,
+    beta2: float,
+    step_size: float,
+    root_scale: float,
+    eps: float,
+    keep: float,
+) -> None:
+    """One AdamW step, written over ``weights`` and both moments, all of one shape.
+
+    With g = ``factor`` · gradient: m ← β₁ m + (1 - β₁) g, v ← β₂ v + (1 - β₂) g², and
+    w ← ``keep`` · w - ``step_size`` · m / (``root_scale`` · √v + ε).
+    """
+    w, m, v, gradients = (x.reshape(-1) for x in (weights, first, second, gradient))
+
+    def work(part: slice) -> None:
+        g = np.multiply(gradients[part], np.float32(factor))
+        scratch = np.multiply(g, np.float32(1 - beta1))
+        np.multiply(m[part], np.float32(beta1), out=m[part])
+        np.add(m[part], scratch, out=m[part])
+        np.multiply(g, g, out=scratch)
+        np.multiply(scratch, np.float32(1 - beta2), out=scratch)
+        np.multiply(v[part], np.float32(beta2), out=v[part])
+        np.add(v[part], scratch, out=v[part])
+        np.sqrt(v[part], out=scratch)
+        np.multiply(scratch, np.float32(root_scale), out=scratch)
+        np.add(scratch, np.float32(eps), out=scratch)
+        np.divide(m[part], scratch, out=scratch)
+        np.multiply(scratch, np.float32(step_size), out=scratch)
+        if keep != 1:
+            np.multiply(w[part], np.float32(keep), out=w[part])
+        np.subtract(w[part], scratch, out=w[part])
+
+    in_blocks(work, w.size, 1)
+
+
+def sum_of_squares(x: np.ndarray) -> float:
+    """Block by block, so that float32 holds every partial sum."""
+    flat = x.reshape(-1)
+    blocks = (flat[i : i + _SUMMED] for i in range(0, flat.size, _SUMMED))
+    return sum(float(np.vdot(block, block)) for block in blocks)
 
 
 @cache

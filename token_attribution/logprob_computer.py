@@ -12,9 +12,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from token_attribution.sampled_states import SampledStates, sampled_states, true_positions
+from token_attribution.sampled_states import SampledStates, picked_states, sampled_states
 from token_attribution.trunk import Trunk, find_trunk
 from token_attribution.vocabulary import (
+    LOGPROBS,
     Head,
     Reading,
     Reference,
@@ -142,7 +143,7 @@ def read_tokens(
     temperature: float = 1.0,
     *,
     trunk: Trunk | None = None,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = LOGPROBS,
     reference: tuple[nn.Module, Trunk | None] | None = None,
     for_gradient: bool = False,
 ) -> TokenReading:
@@ -169,7 +170,7 @@ def read_states(
     tokens: mx.array,
     temperature: float = 1.0,
     *,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = LOGPROBS,
     reference: Reference | None = None,
     for_gradient: bool = False,
     chunk_elements: int | None = None,
@@ -203,9 +204,7 @@ def statistics_from_states(
 ) -> TokenStatistics:
     """The same from hidden states (B, T, D), or from logits with the identity as ``head``."""
     check_alignment(tokens, mask)
-    picked = SampledStates(
-        states.reshape(-1, states.shape[-1])[true_positions(mask)], true_positions(mask), tuple(mask.shape)
-    )
+    picked = picked_states(states, mask)
     wanted = Wanted(entropy or entropy_gradient, entropy_gradient)
     found = read_states(picked, Trunk(lambda ids: ids, head), tokens, temperature, wanted=wanted)
     return TokenStatistics(

@@ -39,6 +39,14 @@ def true_positions(mask: mx.array) -> mx.array:
     return mx.array(np.flatnonzero(np.array(mask)).astype(np.int32))
 
 
+def picked_states(states: mx.array, mask: mx.array) -> SampledStates:
+    """The same of states (B, T, D) that exist already."""
+    positions = true_positions(mask)
+    return SampledStates(
+        states.reshape(-1, states.shape[-1])[positions], positions, (mask.shape[0], mask.shape[1])
+    )
+
+
 def sampled_states(trunk: Trunk, tokens: mx.array, mask: mx.array) -> SampledStates:
     """States at the True positions of ``mask``, differentiable in the trunk's weights.
 
@@ -66,15 +74,29 @@ class _Layout:
         live = np.flatnonzero(mask.any(axis=1))
         self.tokens, mask = tokens[live], mask[live]
         width = mask.shape[1]
-        self.first = mask.argmax(axis=1) if len(live) else np.zeros(0, dtype=np.int64)  # (R,) of the True positions
+        self.first = (
+            mask.argmax(axis=1) if len(live) else np.zeros(0, dtype=np.int64)
+        )  # (R,) of the True positions
         self.last = width - 1 - mask[:, ::-1].argmax(axis=1) if len(live) else self.first
         self.row, self.column = np.nonzero(mask)  # (N,) each
         self.positions = (live[self.row] * width + self.column).astype(np.int32)
-        numbers: dict[bytes, int] = {}
-        keys = [self.tokens[r, : n + 1].tobytes() for r, n in enumerate(self.first)]
-        self.prompt = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)  # (R,)
-        self.one_row_of = np.array([keys.index(key) for key in numbers], dtype=np.int64)  # (prompts,)
-        self.prompt_length = (self.first + 1)[self.one_row_of] if len(live) else np.zeros(0, dtype=np.int64)
+        self.prompt = _numbered(self.tokens, self.first)  # (R,)
+        _, self.one_row_of = np.unique(self.prompt, return_index=True)  # (prompts,)
+        self.prompt_length = self.first[self.one_row_of] + 1
+
+
+def prompt_numbers(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A number for each row, (B,), equal where rows have the same prompt; -1 for a row that sampled nothing."""
+    live = mask.any(axis=1)
+    numbers = np.full(len(tokens), -1)
+    numbers[live] = _numbered(tokens[live], mask[live].argmax(axis=1))
+    return numbers
+
+
+def _numbered(tokens: np.ndarray, first: np.ndarray) -> np.ndarray:
+    numbers: dict[bytes, int] = {}  # in order of appearance
+    keys = [row[: n + 1].tobytes() for row, n in zip(tokens, first, strict=True)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def _worth_sharing(trunk: Trunk, layout: _Layout) -> bool:
@@ -122,7 +144,9 @@ def _shared(trunk: Trunk, layout: _Layout) -> tuple[list[mx.array], np.ndarray]:
         place = np.full(len(layout.prompt_length), -1)
         place[prompts] = np.arange(len(prompts))
         members = np.flatnonzero((place[layout.prompt] >= 0) & (layout.last > layout.first))
-        following = layout.last - layout.first  # (R,) completion tokens that are read: all but the last sampled
+        following = (
+            layout.last - layout.first
+        )  # (R,) completion tokens that are read: all but the last sampled
         for chosen in in_buckets(following[members], _pass_tokens()):
             rows = members[chosen]
             count = int(following[rows].max())
@@ -162,7 +186,9 @@ def in_buckets(lengths: np.ndarray, overhead: int) -> Iterator[np.ndarray]:
     while waiting:
         part = waiting.pop()
         ascending = lengths[part]
-        saved = np.arange(1, len(part)) * (ascending[-1] - ascending[:-1])  # by a cut behind each but the last
+        saved = np.arange(1, len(part)) * (
+            ascending[-1] - ascending[:-1]
+        )  # by a cut behind each but the last
         if len(saved) and saved.max() > overhead:
             cut = int(saved.argmax()) + 1
             waiting += [part[cut:], part[:cut]]

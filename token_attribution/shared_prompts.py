@@ -8,6 +8,7 @@ completion of a group back into its prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -49,14 +50,23 @@ class ContinuedKeys:
         assert prompts.keys is not None
         assert prompts.values is not None
         self._width = prompts.keys.shape[2]
-        self._keys, self._values = prompts.keys[rows], prompts.values[rows]  # (b, H, P, D)
+        self.past_keys, self.past_values = prompts.keys[rows], prompts.values[rows]  # (b, H, P, D)
         ragged = bool((lengths != self._width).any())
         self._lengths = mx.array(lengths)[:, None, None] if ragged else None  # (b, 1, 1)
         self.offset: Any = mx.array(lengths) if ragged else self._width
 
+    def continuing(self, keys: mx.array, values: mx.array) -> ContinuedKeys:
+        """The same rows after other keys and values of their prompts."""
+        other = copy(self)
+        other.past_keys, other.past_values = keys, values
+        return other
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """The prompt's columns, then the completion's: each (b, H, P + C, D)."""
-        return mx.concatenate([self._keys, keys], axis=2), mx.concatenate([self._values, values], axis=2)
+        return (
+            mx.concatenate([self.past_keys, keys], axis=2),
+            mx.concatenate([self.past_values, values], axis=2),
+        )
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Which of the P + C columns each of C new tokens may see."""

@@ -8,12 +8,14 @@ proved on a probe: ``head(hidden(x))`` must equal ``model(x)`` bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from token_attribution.checkpointing import checkpointed
 from token_attribution.host_kernels import fast_kernels
 from token_attribution.shared_prompts import PromptSharing
 
@@ -27,8 +29,10 @@ class Trunk(NamedTuple):
     sharing: PromptSharing | None = None  # whether completions can share their prompt's pass; None: no
 
 
-def find_trunk(model: nn.Module) -> Trunk | None:
+def find_trunk(model: nn.Module, *, checkpoint: bool = False) -> Trunk | None:
     """The trunk and head of an mlx-lm model, or None where its structure does not show them.
+
+    ``checkpoint``: its blocks keep their inputs alone for the backward pass, see ``checkpointing``.
 
     The functions look modules up when called, so adapters that are added later are seen.
     """
@@ -38,7 +42,7 @@ def find_trunk(model: nn.Module) -> Trunk | None:
         return None
 
     def hidden(tokens: mx.array, cache: Any = None) -> mx.array:
-        with fast_kernels():
+        with fast_kernels(), checkpointed(inner.layers) if checkpoint else nullcontext():
             return inner(tokens, cache=cache)
 
     for head, head_module in _head_candidates(owner, inner):

@@ -40,6 +40,9 @@ class Wanted(NamedTuple):
     logprobs: bool = True
 
 
+LOGPROBS = Wanted()
+
+
 class Reading(NamedTuple):
     """What was computed at each of N positions, float32; None where it was not wanted."""
 
@@ -61,7 +64,7 @@ def read_vocabulary(
     targets: mx.array,
     temperature: float = 1.0,
     *,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = LOGPROBS,
     reference: Reference | None = None,
     head_module: nn.Module | None = None,
     for_gradient: bool = False,
@@ -86,8 +89,14 @@ def read_vocabulary(
     look = _Look(targets, temperature, wanted, reference, copies=head_module is None)
     if head_module is None:
         found = _kept(look, head, rows, chunks)
-    elif for_gradient and wanted == Wanted(wanted.entropy) and not tree_flatten(head_module.trainable_parameters()):
+    elif (
+        for_gradient
+        and wanted == Wanted(wanted.entropy)
+        and not tree_flatten(head_module.trainable_parameters())
+    ):
         found = _with_slopes_ready(look, head, rows, chunks)
+    elif for_gradient and wanted == Wanted(wanted.entropy) and len(chunks) == 1:
+        found = _with_slopes_kept(look, head, rows)
     else:
         found = _recomputed(look, head, head_module, rows, chunks)
     return Reading(found[0], found[1] if wanted.entropy else None, found[3] if wanted.kl else None)
@@ -135,10 +144,10 @@ class _Look:
         self.width = logits.shape[-1]
         targets = self.targets[chunk]
         if self.on_host:
-            z = host_math.view(self._own(logits))
+            own = host_math.view(self._own(logits))
             return self._stacked(
                 host_math.read_logits(
-                    z, host_math.view(targets), self.temperature, entropy=self.wanted.entropy
+                    own, host_math.view(targets), self.temperature, entropy=self.wanted.entropy
                 )
             )
         z = self._scaled(logits)
@@ -214,7 +223,9 @@ class _Look:
         assert self.reference is not None
         z = self._scaled(mx.stop_gradient(self.reference.head(self.reference.rows[chunk])))
         if z.shape[-1] != self.width:
-            raise ValueError(f"the reference has logits for {z.shape[-1]} tokens, the policy for {self.width}")
+            raise ValueError(
+                f"the reference has logits for {z.shape[-1]} tokens, the policy for {self.width}"
+            )
         return z - mx.logsumexp(z, axis=-1, keepdims=True)
 
     def _own(self, logits: mx.array) -> mx.array:
@@ -293,7 +304,9 @@ def _recomputed(look: _Look, head: Head, module: nn.Module, rows: mx.array, chun
             total = tree_map(mx.add, total, gradient) if by_row else gradient
             by_row.append(row_gradient)
             if look.on_host:
-                mx.eval(total, row_gradient)  # slopes lie in memory already: let them go before the next chunk's
+                mx.eval(
+                    total, row_gradient
+                )  # slopes lie in memory already: let them go before the next chunk's
         return total, mx.concatenate(by_row)
 
     return cast(mx.array, numbers(module.trainable_parameters(), rows))
@@ -324,6 +337,27 @@ def _with_slopes_ready(look: _Look, head: Head, rows: mx.array, chunks: list[sli
         return (cotangents[0][:, None] * mx.concatenate(ready)).astype(rows.dtype)
 
     return cast(mx.array, numbers(rows))
+
+
+def _with_slopes_kept(look: _Look, head: Head, rows: mx.array) -> mx.array:
+    """The same for a head that trains, where all logits are one chunk: their gradient stays in their place."""
+    kept: list[mx.array] = []  # d logprob / d logits, (N, V)
+
+    @mx.custom_function
+    def numbers(logits: mx.array) -> mx.array:
+        found, unit = look.both(logits, slice(0, rows.shape[0]))
+        kept[:] = [unit]
+        return found
+
+    @numbers.vjp
+    def numbers_vjp(_: mx.array, cotangents: mx.array, __: mx.array) -> mx.array:
+        slopes = kept.pop()
+        if look.on_host:
+            host_math.scale_rows(host_math.view(slopes), host_math.view(cotangents[0]))
+            return slopes
+        return (slopes * cotangents[0][:, None]).astype(slopes.dtype)
+
+    return cast(mx.array, numbers(head(rows)))
 
 
 def _with_gradient(logits: mx.array, slopes: Callable[[mx.array], mx.array]) -> mx.array:

@@ -36,6 +36,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
+from token_attribution import host_math
+
 CHUNK = 1 << 19  # numbers worked on at a time, with about ten arrays of that size in float32 alive
 BLOCK = 256  # numbers that share a scale
 SMALLEST = 4096  # arrays of fewer numbers keep float32 moments: norms, biases, heads of one output
@@ -88,12 +90,14 @@ class AdamW(optim.AdamW):
         for name in list(gradients):
             gradient, state = gradients.pop(name), _descend(self.state, name)
             parameter = _descend(model, name)
-            if parameter.size > CHUNK:
+            on_host = self._fits_the_host(gradient, parameter, state)
+            if on_host or parameter.size > CHUNK:
                 parameter = mx.stop_gradient(
                     parameter
                 )  # another object over the same numbers takes its place
                 model.update(tree_unflatten([(name, parameter)]))
-                self._update_in_parts(gradient, parameter, state, factor)
+                update = self._update_on_host if on_host else self._update_in_parts
+                update(gradient, parameter, state, factor)
                 continue
             new = self._part(gradient, parameter, state, 0, slice(None), factor)
             model.update(tree_unflatten([(name, new)]))
@@ -112,6 +116,41 @@ class AdamW(optim.AdamW):
             new = self._part(gradient, parameter, state, i, part, factor)
             parameter[part] = new
             mx.eval(parameter, state)
+
+    def _fits_the_host(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> bool:
+        """Whether NumPy can do it, in one pass through memory where MLX on CPU makes a dozen: a tenth of the time."""
+        plain = not isinstance(state["m"], list) and gradient.dtype == parameter.dtype == mx.float32
+        return plain and parameter.size >= SMALLEST and host_math.usable()
+
+    def _update_on_host(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any], factor: float
+    ) -> None:
+        arrays = [parameter, state["m"], state["v"]]
+        for array in arrays:
+            start = array[:1] + 0.0
+            mx.eval(start)
+            # From here on nobody else shares the numbers: MLX copies them if it has to.
+            array[:1] = start
+            mx.eval(array)
+        weights, first, second = (host_math.view(array) for array in arrays)
+        if not all(numbers.flags.c_contiguous for numbers in (weights, first, second)):
+            self._update_in_parts(gradient, parameter, state, factor)
+            return
+        rate, step = float(self.learning_rate), int(self.step)
+        beta1, beta2 = self.betas
+        host_math.adamw(
+            weights,
+            first,
+            second,
+            host_math.view(gradient),
+            factor=factor,
+            beta1=beta1,
+            beta2=beta2,
+            step_size=rate / (1 - beta1**step),
+            root_scale=(1 - beta2**step) ** -0.5,
+            eps=self.eps,
+            keep=1 - rate * self.weight_decay,
+        )
 
     def _part(
         self,

@@ -20,6 +20,7 @@ from base_setup.backend import set_memory_limits
 from base_setup.parameters import named_arrays
 from config.errors import TrainingRuntimeError
 from config.training_config import TrainingConfig
+from token_attribution import host_math
 from training.adamw import AdamW
 
 Batch = TypeVar("Batch")
@@ -140,6 +141,9 @@ class ModelTrainer:
 
 def global_norm(arrays: Iterable[mx.array]) -> float:
     """The L2 norm of all numbers together."""
+    if host_math.usable():
+        numbers = [x.astype(mx.float32) for x in arrays]
+        return math.sqrt(sum(host_math.sum_of_squares(host_math.view(x)) for x in numbers))
     # Summed row by row: on CPU mx.sum adds one number after the other, and float32 loses 2 % of 10 million squares.
     squares = [mx.sum(mx.sum(mx.square(x), axis=-1)) for x in arrays]
     return math.sqrt(float(mx.sum(mx.stack(squares))))
