@@ -8,9 +8,9 @@
     update            gradients, and the numbers of the part being updated
 
 The activations are counted array by array in a block of the Llama kind (RMS norms, rotary positions, grouped keys, a
-gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU the vocabulary head stops in the middle of
-the forward pass to compute in NumPy, so that everything computed until then is alive at once; elsewhere only what the
-backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of a real step.
+gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU both passes stop
+again and again to compute in NumPy, and what has been evaluated while it was recorded stays alive to the end; elsewhere
+only what the backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of a real step.
 
 Not counted: Python and the libraries themselves (0.3 to 0.5 GB), and the buffers that MLX keeps for reuse on a GPU,
 which it gives back when memory runs short.
@@ -39,6 +39,10 @@ FLOAT32 = 4
 #: Mirrors of what the modules above this one work with; tests hold them equal.
 LOGITS_AT_ONCE = 1 << 25  # token_attribution.vocabulary.CHUNK_ELEMENTS
 UPDATED_AT_ONCE = 1 << 19  # training.adamw.CHUNK
+EFFICIENT_TOKENS = {"cpu": 1280}  # ppo_trainer.updater.PASS_TOKENS
+#: All that forward and backward pass compute on the CPU over what the forward computes alone: measured with
+#: benchmarks/memory.py on three sizes, to 4 %.
+WITH_BACKWARD = {"lora": 2.06, "full": 2.31}
 CODED_FROM, CODED_BLOCK = 4096, 256  # training.adamw.SMALLEST, BLOCK
 PASS_TOKENS = {"cpu": 32, "metal": 512, "cuda": 512}  # token_attribution.sampled_states
 
@@ -284,8 +288,8 @@ def predict(
     prompt = prompt_length or options.max_prompt_length
     every_row = options.batch_size * options.group_size
     rows = min(options.minibatch_size or every_row, every_row)
-    micro = min(options.micro_batch_size or rows, rows)
-    passes = _passes(micro, min(micro, options.batch_size), prompt, options.max_new_tokens, device)
+    micro = _micro_rows(options, rows, prompt, device)
+    passes = _passes(micro, _prompts_of(micro, options), prompt, options.max_new_tokens, device)
     several = micro < rows
     keeps = _kept(arch, options, passes, device)
     sampled = micro * options.max_new_tokens
@@ -301,7 +305,7 @@ def predict(
         "gradients": gradients * (2 if several else 1),
     }
     read = options.micro_batch_size or every_row  # without gradient, minibatches do not matter
-    scored = _passes(read, min(read, options.batch_size), prompt, options.max_new_tokens, device)
+    scored = _passes(read, _prompts_of(read, options), prompt, options.max_new_tokens, device)
     phases = {
         "rollouts": _rollouts(arch, options, min(every_row, options.rollout_batch_size), prompt),
         "scoring": _scoring(arch, scored, read * options.max_new_tokens),
@@ -356,6 +360,24 @@ def _sampling_copy(arch: Architecture, options: PPOConfig, trained: int) -> int:
     return round(arch.numbers * min(per_number, arch.weight_bytes))
 
 
+def _micro_rows(options: PPOConfig, rows: int, prompt: int, device: str) -> int:
+    """Rows of a micro-batch: as the config says, or else on the CPU as many as make ``EFFICIENT_TOKENS`` tokens."""
+    limit = EFFICIENT_TOKENS.get(device)
+    if options.micro_batch_size is not None or limit is None or options.reduction == "micro_batch_mean":
+        return min(options.micro_batch_size or rows, rows)
+    fit = [
+        n
+        for n in range(2, rows + 1)
+        if _prompts_of(n, options) * prompt + n * options.max_new_tokens <= limit
+    ]
+    return max(fit, default=1)
+
+
+def _prompts_of(rows: int, options: PPOConfig) -> int:
+    """Distinct prompts among so many rows, which lie together by prompt."""
+    return min(-(-rows // options.group_size), options.batch_size)
+
+
 def _passes(rows: int, prompts: int, prompt: int, new: int, device: str) -> list[_Pass]:
     """The passes of one micro-batch: each distinct prompt once and then the completions, where that is less."""
     whole = prompt + new - 1
@@ -376,7 +398,9 @@ def _kept(arch: Architecture, options: PPOConfig, passes: list[_Pass], device: s
         # What each block starts from, the keys that completions share, and all of the one block computed again.
         between = sum((arch.hidden + 2 * arch.keys) * one.tokens for one in passes) * arch.small_bytes
         return arch.layers * between + _everything(arch, options, passes) // arch.layers
-    return _everything(arch, options, passes) if device == "cpu" else _read_back(arch, options, passes)
+    if device == "cpu":
+        return round(WITH_BACKWARD[options.fine_tune_type] * _everything(arch, options, passes))
+    return _read_back(arch, options, passes)
 
 
 def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> int:
@@ -390,8 +414,8 @@ def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> 
             + outputs
             + 10 * arch.queries  # norm 3, rotation 4, scaled, attended, in order again
             + 7 * arch.keys  # norm 3, rotation 4
-            + 3 * feed_forward  # sigmoid and two products
-            + 3 * arch.heads * one.span  # scores, masked, softmax
+            + feed_forward  # the gated product
+            + arch.heads * one.span  # scores, which become their softmax
         )
         if options.fine_tune_type == "lora":  # through both factors, scaled, and the sum
             per_token += 3 * outputs + 7 * options.lora_r
@@ -420,14 +444,18 @@ def _read_back(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> i
 
 
 def _head(arch: Architecture, options: PPOConfig, sampled: int, device: str) -> tuple[int, int]:
-    """Bytes of the logits of a chunk with what is made of them, and of the gradient of the head's weights."""
+    """Bytes of the logits with what is made of them, and of the gradients of the head's weights that are alive."""
     rows = min(sampled, max(1, LOGITS_AT_ONCE // arch.vocabulary))
-    logits = rows * arch.vocabulary * FLOAT32
-    copies = 1 if device == "cpu" else 4  # in NumPy they are written over; else logprobs, p, slopes
-    if options.fine_tune_type == "lora":
-        return logits * copies, 0
     chunks = math.ceil(sampled / rows)
-    return logits * copies, arch.embedding * FLOAT32 * (1 if chunks == 1 else 2)
+    full = options.fine_tune_type == "full"
+    if (
+        device == "cpu"
+    ):  # recorded while it is evaluated: every chunk's logits stay, and what a chunk adds to the sum
+        return sampled * arch.vocabulary * FLOAT32, 2 * chunks * arch.embedding * FLOAT32 * (
+            full and chunks > 1
+        )
+    copies = 4  # logits, their logarithms, probabilities, slopes
+    return copies * rows * arch.vocabulary * FLOAT32, arch.embedding * FLOAT32 * min(chunks, 2) * full
 
 
 def _rollouts(arch: Architecture, options: PPOConfig, rows: int, prompt: int) -> dict[str, int]:

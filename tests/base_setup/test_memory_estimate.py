@@ -31,6 +31,7 @@ from config.ppo_config import PPOConfig
 from config.training_config import TrainingConfig
 from models.policy_model import PolicyModel
 from models.sft_model import build_embedded
+from ppo_trainer import updater
 from token_attribution import sampled_states, vocabulary
 from training import adamw
 from training.model_trainer import ModelTrainer
@@ -173,10 +174,10 @@ def test_half_the_rows_take_half_of_the_activations_and_one_more_gradient() -> N
     assert half["gradients"] - whole["gradients"] == adapters
 
 
-def test_logits_are_held_a_chunk_at_a_time() -> None:
-    """Of 2**25 numbers, however many tokens were sampled: on the CPU once."""
-    logits = estimate(options(), device="cpu").phases["gradient pass"]["logits"]
-    assert logits == (2**25 // 151936) * 151936 * 4
+def test_logits_are_held_a_chunk_at_a_time_and_on_the_cpu_all() -> None:
+    """A chunk has 2**25 numbers: logits, logarithms, probabilities and slopes of so many."""
+    chunk = estimate(options()).phases["gradient pass"]["logits"]
+    assert chunk == 4 * (2**25 // 151936) * 151936 * 4
     few = estimate(options(batch_size=1, group_size=2, max_new_tokens=3), device="cpu")
     assert few.phases["gradient pass"]["logits"] == 6 * 151936 * 4
 
@@ -185,6 +186,7 @@ def test_what_is_mirrored_is_still_so() -> None:
     assert memory_estimate.LOGITS_AT_ONCE == vocabulary.CHUNK_ELEMENTS
     assert memory_estimate.UPDATED_AT_ONCE == adamw.CHUNK
     assert (memory_estimate.CODED_FROM, memory_estimate.CODED_BLOCK) == (adamw.SMALLEST, adamw.BLOCK)
+    assert memory_estimate.EFFICIENT_TOKENS == updater.PASS_TOKENS
     assert memory_estimate.PASS_TOKENS == sampled_states._PASS_TOKENS
 
 
