@@ -211,6 +211,11 @@ class PPOConfig(TrainingConfig):
     minibatch_size: PositiveInt | None = option(
         default=None, meaning="Completions per optimiser step; none = all of the batch's."
     )
+    max_memory_gb: PositiveFloat | None = option(
+        default=None,
+        meaning="Memory for a run's arrays, in 10^9 bytes: the largest micro_batch_size predicted to fit is chosen, at "
+        "most the one given; none = no limit.",
+    )
     old_logprobs_from: Literal["trainer", "rollout"] = option(
         default="trainer",
         meaning="Denominator of the ratio: the trainer's own pass (skipped where one update follows), or what the "
