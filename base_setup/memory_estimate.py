@@ -9,8 +9,9 @@
 
 The activations are counted array by array in a block of the Llama kind (RMS norms, rotary positions, grouped keys, a
 gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU both passes stop
-again and again to compute in NumPy, and what has been evaluated while it was recorded stays alive to the end; elsewhere
-only what the backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of a real step.
+again and again to compute in NumPy, and what has been evaluated while it was recorded stays alive to the end;
+elsewhere only what the backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of
+a real step.
 
 Not counted: Python and the libraries themselves (0.3 to 0.5 GB), and the buffers that MLX keeps for reuse on a GPU,
 which it gives back when memory runs short.
@@ -520,7 +521,7 @@ def fitting_micro_batch(
 ) -> int | None:
     """The largest ``micro_batch_size`` whose predicted peak fits into ``max_memory_gb``; arguments as :func:`predict`.
 
-    Without ``max_memory_gb`` it is the config's own. A ``micro_batch_size`` that is given is never exceeded.
+    Without ``max_memory_gb``, or where it is enough, it is the config's own. One that is given is never exceeded.
 
     Raises:
         InvalidConfigurationError: one row is too much; the sentence says what was needed and what to change.
@@ -533,6 +534,10 @@ def fitting_micro_batch(
         return predict(model, part, critic=critic, device=device, prompt_length=prompt_length)
 
     budget = options.max_memory_gb * GB
+    if options.micro_batch_size is None:
+        own = predict(model, options, critic=critic, device=device, prompt_length=prompt_length)
+        if own.peak <= budget:
+            return None
     every_row = options.batch_size * options.group_size
     most = min(options.micro_batch_size or every_row, options.minibatch_size or every_row, every_row)
     if expected(most).peak <= budget:
@@ -597,7 +602,8 @@ def describe(
         room = USABLE * memory
         limited = options.replace(max_memory_gb=room)
         try:
-            answer = str(fitting_micro_batch(model, limited, critic=critic, device=device))
+            rows = fitting_micro_batch(model, limited, critic=critic, device=device)
+            answer = "any: the default fits" if rows is None else str(rows)
         except InvalidConfigurationError:
             one = predict(model, options.replace(micro_batch_size=1), critic=critic, device=device)
             answer = f"none: one row needs {one.peak / GB:.1f} GB"
@@ -605,7 +611,8 @@ def describe(
     if options.max_memory_gb is not None:
         try:
             rows = fitting_micro_batch(model, options, critic=critic, device=device)
-            lines.append(f"  max_memory_gb: {options.max_memory_gb:g} GB hold micro_batch_size = {rows}")
+            held = "the default" if rows is None else rows
+            lines.append(f"  max_memory_gb: {options.max_memory_gb:g} GB hold micro_batch_size = {held}")
         except InvalidConfigurationError as error:
             lines.append(f"  {error}")
     return lines

@@ -726,7 +726,7 @@ MUTANTS = (
         "value-shifted",
         "models/value_model.py",
         "return self.at_sampled(sampled_states(self.trunk, tokens, mask))",
-        "return self.at_sampled(sampled_states(self.trunk, mx.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1), mask))",
+        "return self.at_sampled(sampled_states(self.trunk, mx.roll(tokens, -1, axis=1), mask))",
         f"{TRAINING} -k before_its_token",
     ),
     # 14

@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from base_setup import backend
 from base_setup.lora_setup import read_description
+from base_setup.memory_estimate import read_config, within_memory
 from base_setup.parameters import count_parameters
 from base_setup.tokenizer_setup import check_vocabulary, prepare_prompts
 from config.errors import (
@@ -117,6 +118,8 @@ class PPOTrainer:
         if config.adapter_path is not None:
             read_description(Path(config.adapter_path).expanduser())
         check_reference_path(config)
+        if model is None and policy is None and Path(config.model_name).expanduser().is_dir():
+            within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
         self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
 
         backend.seed_everything(config.seed)
@@ -125,6 +128,7 @@ class PPOTrainer:
             check_vocabulary(tokenizer, vocabulary_size(base.model, base.config), "tokenizer")
             base = replace(base, tokenizer=tokenizer)
         _check_biased_tokens(config, vocabulary_size(base.model, base.config))
+        self.config = config = within_memory(base.config, config, critic=self.algorithm.needs_critic)
         self.policy = policy or PolicyModel(base, config)
         self.rewards = RewardSet.build(
             _for_tokenizer(reward_model, base.tokenizer) if reward_model is not None else "well_formed",
