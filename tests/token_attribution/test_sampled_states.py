@@ -150,8 +150,8 @@ def value_and_gradient(
         return sum((mx.sum(w * x) for w, x in zip(weights, both, strict=True)), mx.zeros(())), both
 
     (_, both), gradient = nn.value_and_grad(model, loss)()
-    logprobs, entropies = (np.array(x) for x in both)
-    return logprobs, entropies, {name: np.array(g) for name, g in tree_flatten(gradient)}
+    slopes = {name: np.array(g) for name, g in list(tree_flatten(gradient))}
+    return np.array(both[0]), np.array(both[1]), slopes
 
 
 def assert_same_gradient(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
