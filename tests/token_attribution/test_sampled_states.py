@@ -9,9 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import _get_classes
 
+from base_setup.lora_setup import prepare_trainable
 from models.sft_model import share_weights
 from tests.conftest import ARCHITECTURES, SHAPE
 from token_attribution import sampled_states as module
@@ -254,6 +255,27 @@ def test_a_trunk_that_does_otherwise_with_a_cache_is_not_trusted(
     with_cache_alone = type(trunk.sharing)(lambda tokens: trunk.hidden(tokens), trunk.sharing._make_cache)
     assert forgetful.ability == Ability()
     assert with_cache_alone.ability == Ability()  # a cache is no argument of it: a TypeError
+
+
+def test_dropout_does_not_keep_the_test_drive_from_finding_out(
+    architecture: Callable[[str], nn.Module], make_config: Callable[..., Any]
+) -> None:
+    """Supervised training asks while it drops, and what was found holds from then on."""
+    model = share_weights(architecture("llama"))
+    prepare_trainable(model, make_config(lora_dropout=0.5))
+    model.update(tree_map(lambda x: x + 0.1, model.trainable_parameters()))
+    model.eval()
+    trunk = found(model)
+    model.train()
+    model.lm_head.eval()  # a module with a mind of its own
+    modes = [m.training for m in model.modules()]
+    assert trunk.sharing is not None
+    mx.random.seed(3)
+    expected = mx.random.uniform().item()
+    mx.random.seed(3)
+    assert trunk.sharing.ability == Ability(even=True, ragged=True)
+    assert [m.training for m in model.modules()] == modes
+    assert mx.random.uniform().item() == expected  # what is dropped does not depend on it
 
 
 def test_an_ability_covers_what_is_no_longer_than_it_reaches() -> None:
