@@ -137,7 +137,7 @@ def test_when_waiting_rows_come_in_changes_nothing(
     model: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout_engine, "_REFILL_SHARE", share)
-    assert_equal(sample(model, max_rows=6), each_alone(model))
+    assert_equal(sample(model, max_rows=6, on_host=False), each_alone(model))
 
 
 def test_a_prompt_is_computed_once_though_its_group_enters_in_parts(
