@@ -47,7 +47,7 @@ class Mutant(NamedTuple):
     tests: str  # what should notice: pytest arguments
 
 
-#: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add.
+#: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add, 17 what speed does.
 MISTAKES = {
     1: "temperature missing in one of the forwards, or truncated sampling taken for the policy's",
     2: "off by one between logits and labels",
@@ -65,6 +65,7 @@ MISTAKES = {
     14: "optimiser: no bias correction, hidden weight decay, no clip; reference that is the policy",
     15: "preference losses: sign of the margin, pair or reference exchanged, score at padding; prompt in the loss",
     16: "rollouts not accounted for: weights inverted, differentiable, missing; dead groups by shaped scores",
+    17: "passes shared, chunked or left out: positions, masks, slopes, denominators",
 }
 
 LOSS = "tests/training/test_policy_loss.py"
@@ -918,6 +919,111 @@ MUTANTS = (
         "wanted=Wanted(True, self.config.entropy_coef != 0, self._full_kl_in_loss)",
         "wanted=Wanted(True, False, self._full_kl_in_loss)",
         OPTIONS,
+    ),
+    # 17
+    Mutant(
+        17,
+        "prompt-position-off-by-one",
+        "token_attribution/shared_prompts.py",
+        "if ragged else self._width\n",
+        "if ragged else self._width + 1\n",
+        "tests/token_attribution/test_sampled_states.py",
+    ),
+    Mutant(
+        17,
+        "padding-of-a-shorter-prompt-seen",
+        "token_attribution/shared_prompts.py",
+        "seen = (position <= own) & (~in_prompt | (column < length))",
+        "seen = position <= own",
+        "tests/token_attribution/test_sampled_states.py",
+    ),
+    Mutant(
+        17,
+        "first-state-from-the-padding",
+        "token_attribution/sampled_states.py",
+        "* width + lengths - 1)]",
+        "* width + width - 1)]",
+        "tests/token_attribution/test_sampled_states.py",
+    ),
+    Mutant(
+        17,
+        "completions-shifted",
+        "token_attribution/sampled_states.py",
+        "start[layout.row] + layout.column - first - 1,",
+        "start[layout.row] + layout.column - first,",
+        "tests/token_attribution/test_sampled_states.py",
+    ),
+    Mutant(
+        17,
+        "dead-rows-out-of-the-mean",
+        "experience_buffer/buffer_manager.py",
+        "        counts = int(",
+        "        rows = rows[self._teaches[rows]] if self._teaches[rows].any() else rows[:1]\n        counts = int(",
+        "tests/test_experience_buffer.py",
+    ),
+    Mutant(
+        17,
+        "dead-rows-despite-the-kl",
+        "ppo_trainer/updater.py",
+        "            and not kl_in_loss\n",
+        "",
+        "tests/ppo_trainer/test_passes.py -k computed",
+    ),
+    Mutant(
+        17,
+        "sign-of-the-entropy-slope",
+        "token_attribution/host_math.py",
+        "(-entropy_slope[rows] / tau)",
+        "(entropy_slope[rows] / tau)",
+        "tests/token_attribution/test_vocabulary.py",
+    ),
+    Mutant(
+        17,
+        "slope-of-the-wrong-token",
+        "token_attribution/host_math.py",
+        "        z[np.arange(len(z)), targets[rows]] += g / tau",
+        "        z[np.arange(len(z)), targets[rows] - 1] += g / tau",
+        "tests/token_attribution/test_vocabulary.py",
+    ),
+    Mutant(
+        17,
+        "slopes-without-their-cotangent",
+        "token_attribution/vocabulary.py",
+        "cotangents[0][:, None] * mx.concatenate(ready)",
+        "mx.concatenate(ready)",
+        "tests/token_attribution/test_vocabulary.py",
+    ),
+    Mutant(
+        17,
+        "gradient-of-the-last-chunk-alone",
+        "token_attribution/vocabulary.py",
+        "total = tree_map(mx.add, total, gradient) if by_row else gradient",
+        "total = gradient",
+        "tests/token_attribution/test_vocabulary.py",
+    ),
+    Mutant(
+        17,
+        "causal-mask-without-itself",
+        "token_attribution/host_kernels.py",
+        "np.arange(columns) <= np.arange",
+        "np.arange(columns) < np.arange",
+        "tests/token_attribution/test_host_kernels.py",
+    ),
+    Mutant(
+        17,
+        "decoded-one-position-late",
+        "models/prefix_cache.py",
+        "np.where(self._live, self._now - self._born, 0)",
+        "np.where(self._live, self._now - self._born + 1, 0)",
+        "tests/models/test_rollout_engine.py tests/models/test_decoding.py",
+    ),
+    Mutant(
+        17,
+        "columns-of-the-row-before",
+        "models/prefix_cache.py",
+        "written >= born]",
+        "written >= 0 * born]",
+        "tests/models/test_rollout_engine.py tests/models/test_decoding.py",
     ),
 )
 
