@@ -8,10 +8,9 @@
     update            gradients, and the numbers of the part being updated
 
 The activations are counted array by array in a block of the Llama kind (RMS norms, rotary positions, grouped keys, a
-gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU both passes stop
-again and again to compute in NumPy, and what has been evaluated while it was recorded stays alive to the end;
-elsewhere only what the backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of
-a real step.
+gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU both passes stop again and again to compute
+in NumPy, and what has been evaluated while it was recorded stays alive to the end; elsewhere only what the backward
+pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of a real step.
 
 Not counted: Python and the libraries themselves (0.3 to 0.5 GB), and the buffers that MLX keeps for reuse on a GPU,
 which it gives back when memory runs short.
@@ -366,12 +365,10 @@ def _micro_rows(options: PPOConfig, rows: int, prompt: int, device: str) -> int:
     limit = EFFICIENT_TOKENS.get(device)
     if options.micro_batch_size is not None or limit is None or options.reduction == "micro_batch_mean":
         return min(options.micro_batch_size or rows, rows)
-    fit = [
-        n
-        for n in range(2, rows + 1)
-        if _prompts_of(n, options) * prompt + n * options.max_new_tokens <= limit
-    ]
-    return max(fit, default=1)
+    tokens = [_prompts_of(n, options) * prompt + n * (options.max_new_tokens - 1) for n in range(1, rows + 1)]
+    most = max(1, sum(count <= limit for count in tokens))
+    # A group stays whole where it fits into a pass.
+    return most if most < options.group_size else most // options.group_size * options.group_size
 
 
 def _prompts_of(rows: int, options: PPOConfig) -> int:
@@ -395,10 +392,13 @@ def _linear_outputs(arch: Architecture) -> int:
 
 def _kept(arch: Architecture, options: PPOConfig, passes: list[_Pass], device: str) -> int:
     """Bytes of activations at the end of the forward pass."""
-    if getattr(options, "gradient_checkpointing", False):
+    if options.gradient_checkpointing:
         # What each block starts from, the keys that completions share, and all of the one block computed again.
-        between = sum((arch.hidden + 2 * arch.keys) * one.tokens for one in passes) * arch.small_bytes
-        return arch.layers * between + _everything(arch, options, passes) // arch.layers
+        between = arch.layers * sum((arch.hidden + 2 * arch.keys) * one.tokens for one in passes)
+        block = _everything(arch, options, passes) // arch.layers
+        if device == "cpu":  # with the gradients of all of it, which stay as well
+            return 4 * between * FLOAT32 + round(WITH_BACKWARD[options.fine_tune_type] * block)
+        return between * arch.small_bytes + block
     if device == "cpu":
         return round(WITH_BACKWARD[options.fine_tune_type] * _everything(arch, options, passes))
     return _read_back(arch, options, passes)

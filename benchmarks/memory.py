@@ -34,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "ppo, full": {"algorithm": "ppo", "fine_tune_type": "full", "batch_size": 16, "group_size": 1},
     "grpo, lora, micro 8": {"algorithm": "grpo", "fine_tune_type": "lora", "micro_batch_size": 8},
     "grpo, full, micro 8": {"algorithm": "grpo", "fine_tune_type": "full", "micro_batch_size": 8},
+    "grpo, lora, checkpointing": {
+        "algorithm": "grpo",
+        "fine_tune_type": "lora",
+        "gradient_checkpointing": True,
+    },
     "grpo, full, micro 8, 8 bits": {
         "algorithm": "grpo",
         "fine_tune_type": "full",

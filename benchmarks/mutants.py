@@ -737,7 +737,7 @@ MUTANTS = (
         "training/adamw.py",
         "            step_size=rate / (1 - beta1**step),",
         "            step_size=rate,",
-        OPTIMISER,
+        "tests/training/test_adamw.py",
     ),
     Mutant(
         14,
@@ -950,7 +950,7 @@ MUTANTS = (
         "completions-shifted",
         "token_attribution/sampled_states.py",
         "start[layout.row] + layout.column - first - 1,",
-        "start[layout.row] + layout.column - first,",
+        "np.maximum(start[layout.row] + layout.column - first - 2, 0),",
         "tests/token_attribution/test_sampled_states.py",
     ),
     Mutant(

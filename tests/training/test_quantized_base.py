@@ -122,7 +122,7 @@ def test_supervised_training_moves_the_adapters_alone(base: LanguageModel, bits:
     rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "hello", "completion": "world"}]
     before, loss = copied(trainer.policy.model), trainer.loss(rows)
     trainer.train(rows)
-    assert trainer.loss(rows) < 0.8 * loss
+    assert trainer.loss(rows) < 0.9 * loss
     check_only_adapters_moved(before, copied(trainer.policy.model))
 
 
