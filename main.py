@@ -1,6 +1,7 @@
 """The command line. Without arguments: the demo, from a freshly made model to PPO and GRPO in two minutes.
 
 python main.py [--fast] [--seed N] [--output FOLDER]
+python main.py --dry-run [--model FOLDER_OR_NAME] [--algorithm NAME] …
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from config.errors import ToolkitError
+from config.ppo_config import PPOConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +32,60 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", metavar="FOLDER", help="a new or empty folder (default runs/demo-DATE-TIME)"
     )
+    dry = parser.add_argument_group(
+        "dry run", "what memory a run takes and what machines it fits, by config.json"
+    )
+    dry.add_argument("--dry-run", action="store_true", help="print the estimate; no weight is loaded")
+    dry.add_argument("--model", metavar="FOLDER_OR_NAME", help=_meaning("model_name"))
+    dry.add_argument("--algorithm", metavar="NAME", help=_meaning("algorithm"))
+    dry.add_argument("--full", action="store_true", help="train every weight in place of adapters")
+    for option, field in DRY_RUN_NUMBERS.items():
+        dry.add_argument(option, type=_number, metavar="N", dest=field, help=_meaning(field))
     return parser
+
+
+#: Options of a dry run that are a number, and the field that each sets.
+DRY_RUN_NUMBERS = {
+    "--batch-size": "batch_size",
+    "--group-size": "group_size",
+    "--micro-batch-size": "micro_batch_size",
+    "--prompt-length": "max_prompt_length",
+    "--max-new-tokens": "max_new_tokens",
+    "--optimizer-bits": "optimizer_bits",
+    "--max-memory-gb": "max_memory_gb",
+}
+
+
+def _meaning(field: str) -> str:
+    text: str = PPOConfig.__dataclass_fields__[field].default.description
+    return text.replace("%", "%%")
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number is expected, found {text!r}") from None
+
+
+def dry_run(options: argparse.Namespace) -> int:
+    """Print what memory a run with these options takes."""
+    from base_setup.memory_estimate import describe, read_config
+    from models.sft_model import EMBEDDED, build_embedded
+    from ppo_trainer.algorithms import find_algorithm
+    from ppo_trainer.resolution import resolve_config
+
+    given = {field: getattr(options, field) for field in ("algorithm", *DRY_RUN_NUMBERS.values())}
+    given |= {"model_name": options.model, "fine_tune_type": "full" if options.full else None}
+    config = PPOConfig(**{field: value for field, value in given.items() if value is not None})
+    algorithm = find_algorithm(config.algorithm)
+    config = resolve_config(config, algorithm)
+    if config.model_name == EMBEDDED:
+        model = build_embedded(config.embedded_model, config.seed).config
+    else:
+        model = read_config(config.model_name)
+    print("\n".join(describe(model, config, critic=algorithm.needs_critic)))
+    return 0
 
 
 def _seed(text: str) -> int:
@@ -43,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: done. 1: the run failed. 2: bad usage. 130: interrupted."""
     options = build_parser().parse_args(arguments)
     try:
+        if options.dry_run:
+            return dry_run(options)
         from examples.sequential_digits import main as demo
 
         return demo(options.output, seed=options.seed, fast=options.fast)

@@ -8,9 +8,10 @@
     update            gradients, and the numbers of the part being updated
 
 The activations are counted array by array in a block of the Llama kind (RMS norms, rotary positions, grouped keys, a
-gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU the vocabulary head stops in the middle of
-the forward pass to compute in NumPy, so that everything computed until then is alive at once; elsewhere only what the
-backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of a real step.
+gated MLP; Qwen, Mistral, Gemma and their like differ little). On the CPU both passes stop
+again and again to compute in NumPy, and what has been evaluated while it was recorded stays alive to the end;
+elsewhere only what the backward pass reads is kept. ``benchmarks/memory.py`` holds the sum against MLX's own count of
+a real step.
 
 Not counted: Python and the libraries themselves (0.3 to 0.5 GB), and the buffers that MLX keeps for reuse on a GPU,
 which it gives back when memory runs short.
@@ -20,13 +21,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from base_setup.backend import installed_build
-from config.errors import ModelLoadError
+from base_setup.backend import installed_build, set_memory_limits
+from config.errors import InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
 
 GB = 10**9
@@ -38,16 +40,20 @@ FLOAT32 = 4
 #: Mirrors of what the modules above this one work with; tests hold them equal.
 LOGITS_AT_ONCE = 1 << 25  # token_attribution.vocabulary.CHUNK_ELEMENTS
 UPDATED_AT_ONCE = 1 << 19  # training.adamw.CHUNK
+EFFICIENT_TOKENS = {"cpu": 1280}  # ppo_trainer.updater.PASS_TOKENS
+#: All that forward and backward pass compute on the CPU over what the forward computes alone: measured with
+#: benchmarks/memory.py on three sizes, to 4 %.
+WITH_BACKWARD = {"lora": 2.06, "full": 2.31}
 CODED_FROM, CODED_BLOCK = 4096, 256  # training.adamw.SMALLEST, BLOCK
 PASS_TOKENS = {"cpu": 32, "metal": 512, "cuda": 512}  # token_attribution.sampled_states
 
 
 class Matrix(NamedTuple):
-    """Linear layers of one shape: ``count`` of them in the model."""
+    """Linear layers of one shape: so many of them in a block."""
 
     inputs: int
     outputs: int
-    count: int  # type: ignore[assignment]  # hides tuple's own
+    copies: int
 
     @property
     def numbers(self) -> int:
@@ -93,7 +99,8 @@ class Architecture:
             weight = (
                 _whole(bits, "bits", default=4) / 8 + 2 * small / group
             )  # a scale and a bias for each group
-        qk_norm = 2 * head_dim if str(config.get("model_type", "")).startswith(("qwen3", "gemma3")) else 0
+        kind = str(config.get("model_type", ""))
+        qk_norm = 2 * head_dim if kind.startswith(("qwen3", "gemma3")) else 0
         return cls(
             hidden=hidden,
             layers=_whole(config, "num_hidden_layers", "n_layer"),
@@ -102,7 +109,8 @@ class Architecture:
             head_dim=head_dim,
             intermediate=feed_forward,
             vocabulary=_whole(config, "vocab_size"),
-            tied=bool(config.get("tie_word_embeddings", True)),
+            # Gemma has one matrix for both whatever its config.json says.
+            tied=kind.startswith("gemma") or bool(config.get("tie_word_embeddings", True)),
             experts=experts,
             active_experts=_whole(config, "num_experts_per_tok", default=1),
             norms=2 * hidden + qk_norm,
@@ -140,7 +148,7 @@ class Architecture:
     @property
     def numbers(self) -> int:
         """All parameters."""
-        block = sum(m.numbers * m.count for m in self.linear) + self.norms
+        block = sum(m.numbers * m.copies for m in self.linear) + self.norms
         return self.layers * block + self.embedding * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -150,9 +158,17 @@ class Architecture:
         return round((self.numbers - norms) * self.weight_bytes + norms * self.small_bytes)
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model folder."""
-    path = Path(folder).expanduser() / "config.json"
+def read_config(name: str) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model folder, or of a Hugging Face name: of that nothing else is fetched."""
+    folder = Path(name).expanduser()
+    path = folder / "config.json"
+    if not folder.is_dir():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+            raise ModelLoadError(
+                f'model: there is no folder "{name}", and it is no Hugging Face name either (those look like '
+                '"Qwen/Qwen3-0.6B-Base"); give one of the two'
+            )
+        path = _from_hub(name)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -164,6 +180,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelLoadError(f"{path}: a JSON object is expected")
     return config
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # the hub client and its transport each raise their own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelLoadError(
+            f'model: the config.json of "{name}" could not be had ({type(error).__name__}: {reason}); give a folder '
+            "with one, or a Hugging Face name that can be reached"
+        ) from error
 
 
 def _whole(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
@@ -260,8 +289,8 @@ def predict(
     prompt = prompt_length or options.max_prompt_length
     every_row = options.batch_size * options.group_size
     rows = min(options.minibatch_size or every_row, every_row)
-    micro = min(options.micro_batch_size or rows, rows)
-    passes = _passes(micro, min(micro, options.batch_size), prompt, options.max_new_tokens, device)
+    micro = _micro_rows(options, rows, prompt, device)
+    passes = _passes(micro, _prompts_of(micro, options), prompt, options.max_new_tokens, device)
     several = micro < rows
     keeps = _kept(arch, options, passes, device)
     sampled = micro * options.max_new_tokens
@@ -273,12 +302,14 @@ def predict(
         "gradients": (gradients if several else 0) + head_gradient,
     }
     backward = {
-        "activations": keeps if device != "cpu" else _read_back(arch, options, passes),
+        "activations": min(keeps, _read_back(arch, options, passes)),
         "gradients": gradients * (2 if several else 1),
     }
+    read = options.micro_batch_size or every_row  # without gradient, minibatches do not matter
+    scored = _passes(read, _prompts_of(read, options), prompt, options.max_new_tokens, device)
     phases = {
-        "rollouts": _rollouts(arch, options, min(every_row, options.rollout_batch_size), prompt, device),
-        "scoring": _scoring(arch, options, passes, sampled),
+        "rollouts": _rollouts(arch, options, min(every_row, options.rollout_batch_size), prompt),
+        "scoring": _scoring(arch, scored, read * options.max_new_tokens),
         "gradient pass": max((gradient_pass, backward), key=lambda parts: sum(parts.values())),
         "update": {"gradients": gradients, "part being updated": _update_room(trained, options)},
     }
@@ -293,11 +324,11 @@ def _installed_device() -> str:
 def _trained(arch: Architecture, options: PPOConfig) -> list[tuple[int, int]]:
     """Sizes of the arrays that train, and how many there are of each."""
     if options.fine_tune_type == "full":
-        arrays = [(m.numbers, m.count * arch.layers) for m in arch.linear]
+        arrays = [(m.numbers, m.copies * arch.layers) for m in arch.linear]
         return [*arrays, (arch.embedding, 1 if arch.tied else 2), (arch.hidden, 2 * arch.layers + 1)]
     blocks = arch.layers if options.lora_layers < 0 else min(options.lora_layers, arch.layers)
     rank = options.lora_r
-    return [(width * rank, m.count * blocks) for m in arch.linear for width in (m.inputs, m.outputs)]
+    return [(width * rank, m.copies * blocks) for m in arch.linear for width in (m.inputs, m.outputs)]
 
 
 def _moments(size: int, options: PPOConfig) -> int:
@@ -330,6 +361,24 @@ def _sampling_copy(arch: Architecture, options: PPOConfig, trained: int) -> int:
     return round(arch.numbers * min(per_number, arch.weight_bytes))
 
 
+def _micro_rows(options: PPOConfig, rows: int, prompt: int, device: str) -> int:
+    """Rows of a micro-batch: as the config says, or else on the CPU as many as make ``EFFICIENT_TOKENS`` tokens."""
+    limit = EFFICIENT_TOKENS.get(device)
+    if options.micro_batch_size is not None or limit is None or options.reduction == "micro_batch_mean":
+        return min(options.micro_batch_size or rows, rows)
+    fit = [
+        n
+        for n in range(2, rows + 1)
+        if _prompts_of(n, options) * prompt + n * options.max_new_tokens <= limit
+    ]
+    return max(fit, default=1)
+
+
+def _prompts_of(rows: int, options: PPOConfig) -> int:
+    """Distinct prompts among so many rows, which lie together by prompt."""
+    return min(-(-rows // options.group_size), options.batch_size)
+
+
 def _passes(rows: int, prompts: int, prompt: int, new: int, device: str) -> list[_Pass]:
     """The passes of one micro-batch: each distinct prompt once and then the completions, where that is less."""
     whole = prompt + new - 1
@@ -346,7 +395,13 @@ def _linear_outputs(arch: Architecture) -> int:
 
 def _kept(arch: Architecture, options: PPOConfig, passes: list[_Pass], device: str) -> int:
     """Bytes of activations at the end of the forward pass."""
-    return _everything(arch, options, passes) if device == "cpu" else _read_back(arch, options, passes)
+    if getattr(options, "gradient_checkpointing", False):
+        # What each block starts from, the keys that completions share, and all of the one block computed again.
+        between = sum((arch.hidden + 2 * arch.keys) * one.tokens for one in passes) * arch.small_bytes
+        return arch.layers * between + _everything(arch, options, passes) // arch.layers
+    if device == "cpu":
+        return round(WITH_BACKWARD[options.fine_tune_type] * _everything(arch, options, passes))
+    return _read_back(arch, options, passes)
 
 
 def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> int:
@@ -360,8 +415,8 @@ def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> 
             + outputs
             + 10 * arch.queries  # norm 3, rotation 4, scaled, attended, in order again
             + 7 * arch.keys  # norm 3, rotation 4
-            + 3 * feed_forward  # sigmoid and two products
-            + 3 * arch.heads * one.span  # scores, masked, softmax
+            + feed_forward  # the gated product
+            + arch.heads * one.span  # scores, which become their softmax
         )
         if options.fine_tune_type == "lora":  # through both factors, scaled, and the sum
             per_token += 3 * outputs + 7 * options.lora_r
@@ -390,42 +445,178 @@ def _read_back(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> i
 
 
 def _head(arch: Architecture, options: PPOConfig, sampled: int, device: str) -> tuple[int, int]:
-    """Bytes of the logits of a chunk with what is made of them, and of the gradient of the head's weights."""
+    """Bytes of the logits with what is made of them, and of the gradients of the head's weights that are alive."""
     rows = min(sampled, max(1, LOGITS_AT_ONCE // arch.vocabulary))
-    logits = rows * arch.vocabulary * FLOAT32
-    copies = 1 if device == "cpu" else 4  # in NumPy they are written over; else logprobs, p, slopes
-    if options.fine_tune_type == "lora":
-        return logits * copies, 0
     chunks = math.ceil(sampled / rows)
-    return logits * copies, arch.embedding * FLOAT32 * (1 if chunks == 1 else 2)
+    full = options.fine_tune_type == "full"
+    if (
+        device == "cpu"
+    ):  # recorded while it is evaluated: every chunk's logits stay, and what a chunk adds to the sum
+        return sampled * arch.vocabulary * FLOAT32, 2 * chunks * arch.embedding * FLOAT32 * (
+            full and chunks > 1
+        )
+    copies = 4  # logits, their logarithms, probabilities, slopes
+    return copies * rows * arch.vocabulary * FLOAT32, arch.embedding * FLOAT32 * min(chunks, 2) * full
 
 
-def _rollouts(arch: Architecture, options: PPOConfig, rows: int, prompt: int, device: str) -> dict[str, int]:
-    """Keys and values of all rows, one layer's copy while it grows, and a few arrays over the vocabulary."""
-    columns = prompt + options.max_new_tokens
-    cache = 2 * arch.keys * rows * columns * arch.small_bytes
+def _rollouts(arch: Architecture, options: PPOConfig, rows: int, prompt: int) -> dict[str, int]:
+    """The prompts' pass; keys and values of all rows, one layer's twice while it grows; what is sampled from."""
+    prompts = _Pass(min(options.batch_size, rows), prompt, prompt)
+    cache = 2 * arch.keys * rows * (prompt + options.max_new_tokens) * arch.small_bytes
     return {
+        "activations": _one_block(arch, prompts)
+        + 2 * arch.keys * prompts.tokens * arch.layers * arch.small_bytes,
         "keys and values": cache * (arch.layers + 1),
         "logits": 3 * rows * arch.vocabulary * FLOAT32,
     }
 
 
-def _scoring(arch: Architecture, options: PPOConfig, passes: list[_Pass], sampled: int) -> dict[str, int]:
-    """A pass without gradient: one layer's arrays, the prompts' keys of all layers, and the logits of a chunk."""
-    widest = max(
-        one.tokens
-        * (4 * arch.intermediate * arch.active_experts + 4 * arch.hidden + 2 * arch.heads * one.span)
-        for one in passes
-    )
-    shared = sum(one.tokens for one in passes if not one.continued) if len(passes) > 1 else 0
-    keys = 2 * arch.keys * shared * arch.layers
-    rows = min(sampled, max(1, LOGITS_AT_ONCE // arch.vocabulary))
+def _scoring(arch: Architecture, passes: list[_Pass], sampled: int) -> dict[str, int]:
+    """A pass without gradient: one block's arrays, the prompts' keys of all layers, and the logits of a chunk."""
+    shared = passes[0].tokens if len(passes) > 1 else 0
     return {
-        "activations": (widest + keys) * arch.small_bytes,
-        "logits": rows * arch.vocabulary * FLOAT32,
+        "activations": max(_one_block(arch, one) for one in passes)
+        + 2 * arch.keys * shared * arch.layers * arch.small_bytes,
+        "logits": min(sampled, max(1, LOGITS_AT_ONCE // arch.vocabulary)) * arch.vocabulary * FLOAT32,
     }
+
+
+def _one_block(arch: Architecture, one: _Pass) -> int:
+    """Bytes that are alive at once where nothing is kept for a backward pass."""
+    feed_forward = arch.intermediate * arch.active_experts
+    per_token = max(4 * feed_forward, 2 * arch.heads * one.span + 4 * arch.queries) + 4 * arch.hidden
+    return per_token * one.tokens * arch.small_bytes
 
 
 def _update_room(trained: list[tuple[int, int]], options: PPOConfig) -> int:
     numbers = min(sum(size * count for size, count in trained), 2 * UPDATED_AT_ONCE)
     return numbers * FLOAT32 * (5 if options.optimizer_bits == 32 else 10)
+
+
+# What fits -----------------------------------------------------------------------------------------------
+
+#: What makes a part smaller, for the sentence of a refusal.
+REMEDIES = {
+    "base weights": "give a smaller or a 4-bit model",
+    "trained weights": 'set fine_tune_type to "lora"',
+    "adapters": "lower lora_r or lora_layers",
+    "optimiser state": 'set optimizer_bits to 8, or fine_tune_type to "lora"',
+    "gradients": 'set fine_tune_type to "lora"',
+    "activations": "lower max_prompt_length or max_new_tokens",
+    "logits": "lower rollout_batch_size or max_new_tokens",
+    "keys and values": "lower rollout_batch_size, max_prompt_length or max_new_tokens",
+    "reference": 'set reference to "base" or "none"',
+    "sampling copy": "sample from the policy itself (rollout_policy, quantize_for_rollouts)",
+    "part being updated": 'set fine_tune_type to "lora"',
+}
+
+
+def fitting_micro_batch(
+    model: Mapping[str, Any],
+    options: PPOConfig,
+    *,
+    critic: bool,
+    device: str | None = None,
+    prompt_length: int | None = None,
+) -> int | None:
+    """The largest ``micro_batch_size`` whose predicted peak fits into ``max_memory_gb``; arguments as :func:`predict`.
+
+    Without ``max_memory_gb``, or where it is enough, it is the config's own. One that is given is never exceeded.
+
+    Raises:
+        InvalidConfigurationError: one row is too much; the sentence says what was needed and what to change.
+    """
+    if options.max_memory_gb is None:
+        return options.micro_batch_size
+
+    def expected(rows: int) -> MemoryEstimate:
+        part = options.replace(micro_batch_size=rows)
+        return predict(model, part, critic=critic, device=device, prompt_length=prompt_length)
+
+    budget = options.max_memory_gb * GB
+    if options.micro_batch_size is None:
+        own = predict(model, options, critic=critic, device=device, prompt_length=prompt_length)
+        if own.peak <= budget:
+            return None
+    every_row = options.batch_size * options.group_size
+    most = min(options.micro_batch_size or every_row, options.minibatch_size or every_row, every_row)
+    if expected(most).peak <= budget:
+        return most
+    # Fewer rows never need more, but for the sum of gradients that a second micro-batch brings: hence `most` apart.
+    least = expected(1)
+    if least.peak > budget:
+        part = max(least.parts, key=lambda name: least.parts[name])
+        raise InvalidConfigurationError(
+            f"max_memory_gb: {options.max_memory_gb:g} GB do not hold this run even with micro_batch_size = 1, where "
+            f"{least.peak / GB:.2f} GB are predicted, most of it {part} ({least.parts[part] / GB:.2f} GB); raise it, "
+            f"or {REMEDIES[part]}"
+        )
+    fits, too_many = 1, most
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if expected(middle).peak <= budget:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
+def within_memory(model: Mapping[str, Any], options: PPOConfig, *, critic: bool) -> PPOConfig:
+    """``options`` with the ``micro_batch_size`` that fits ``max_memory_gb``; as they are where there is no such limit.
+
+    With a limit, the buffers that MLX keeps for reuse may fill what the predicted peak leaves of it, and no more.
+    """
+    if options.max_memory_gb is None:
+        return options
+    fitted = options.replace(micro_batch_size=fitting_micro_batch(model, options, critic=critic))
+    left = round(options.max_memory_gb * GB) - predict(model, fitted, critic=critic).peak
+    if _installed_device() != "cpu":  # there MLX keeps 32 MiB at most
+        set_memory_limits(cache_bytes=left)
+    return fitted
+
+
+def describe(
+    model: Mapping[str, Any], options: PPOConfig, *, critic: bool, device: str | None = None
+) -> list[str]:
+    """The estimate as lines of text: its parts, and which machines it fits with which micro-batch."""
+    device = device or _installed_device()
+    estimate = predict(model, options, critic=critic, device=device)
+    arch = Architecture.from_config(model, device)
+    group = f" × {options.group_size} completions" if options.group_size > 1 else ""
+    batch = (
+        f"{options.batch_size} prompts{group}, {options.max_prompt_length} + {options.max_new_tokens} tokens"
+    )
+    micro = options.micro_batch_size
+    title = (
+        f"{options.model_name}: {_count(arch.numbers)} parameters, {options.algorithm}, {options.fine_tune_type}, "
+        f"{batch}, {'all rows at once' if micro is None else f'micro_batch_size = {micro}'}, on {device}"
+    )
+    lines = [
+        title,
+        "",
+        *(f"  {part:20s}{size / GB:9.3f} GB" for part, size in estimate.parts.items() if size),
+    ]
+    lines += [f"  {'peak':20s}{estimate.peak / GB:9.3f} GB, in the {estimate.phase}", ""]
+    lines.append("  memory   of it for us   largest micro_batch_size that fits")
+    for memory in MACHINES:
+        room = USABLE * memory
+        limited = options.replace(max_memory_gb=room)
+        try:
+            rows = fitting_micro_batch(model, limited, critic=critic, device=device)
+            answer = "any: the default fits" if rows is None else str(rows)
+        except InvalidConfigurationError:
+            one = predict(model, options.replace(micro_batch_size=1), critic=critic, device=device)
+            answer = f"none: one row needs {one.peak / GB:.1f} GB"
+        lines.append(f"  {memory:3d} GB        {room:5.1f} GB   {answer}")
+    if options.max_memory_gb is not None:
+        try:
+            rows = fitting_micro_batch(model, options, critic=critic, device=device)
+            held = "the default" if rows is None else rows
+            lines.append(f"  max_memory_gb: {options.max_memory_gb:g} GB hold micro_batch_size = {held}")
+        except InvalidConfigurationError as error:
+            lines.append(f"  {error}")
+    return lines
+
+
+def _count(numbers: int) -> str:
+    return f"{numbers / 1e9:.2f} billion" if numbers >= 1e9 else f"{numbers / 1e6:.1f} million"

@@ -127,6 +127,11 @@ class PPOConfig(TrainingConfig):
     reward_weights: list[float] | None = option(
         default=None, meaning="Weight of each reward, in order; none = 1 each."
     )
+    score_while_decoding: bool = option(
+        default=False,
+        meaning="Score each group in a second thread once it is complete, while others are decoded; rewards then see a "
+        "group at a time.",
+    )
     score_scaling: Literal["none", "std", "norm"] = option(
         default="none",
         meaning="Divide scores by the running standard deviation of all scores so far (std), after taking off their "
@@ -205,6 +210,11 @@ class PPOConfig(TrainingConfig):
     )
     minibatch_size: PositiveInt | None = option(
         default=None, meaning="Completions per optimiser step; none = all of the batch's."
+    )
+    max_memory_gb: PositiveFloat | None = option(
+        default=None,
+        meaning="Memory for a run's arrays, in 10^9 bytes: the largest micro_batch_size predicted to fit is chosen, at "
+        "most the one given; none = no limit.",
     )
     old_logprobs_from: Literal["trainer", "rollout"] = option(
         default="trainer",

@@ -57,11 +57,6 @@ class TrainingConfig(Declaration):
         default=None,
         meaning="Rows per forward and backward pass; gradients add up to the whole batch's. None = all at once.",
     )
-    max_memory_gb: PositiveFloat | None = option(
-        default=None,
-        meaning="Memory that a run may take, in GB of 10^9 bytes: the largest micro_batch_size that is predicted to fit "
-        "is chosen, None = no limit.",
-    )
     max_prompt_length: PositiveInt = option(
         default=512, meaning="Longest prompt, in tokens; longer ones are refused."
     )

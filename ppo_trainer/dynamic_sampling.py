@@ -10,7 +10,7 @@ from config.declaration import nearest
 from config.errors import InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Prompt, Rollout
-from rewards.composition import ScoredBatch
+from rewards.composition import ScoredBatch, joined
 
 #: (prompts, number of the first member) -> rollouts of their groups, group after group.
 Generate = Callable[[Sequence[Prompt], int], list[Rollout]]
@@ -63,7 +63,7 @@ def collect_live_groups(
     assert first is not None
     if not live:
         return *first, metrics
-    return [r for group, _ in live for r in group], _joined([scored for _, scored in live]), metrics
+    return [r for group, _ in live for r in group], joined([scored for _, scored in live]), metrics
 
 
 def check_outcome_reward(config: PPOConfig, names: Sequence[str]) -> None:
@@ -115,10 +115,3 @@ def _by_first_member(
 def _rows(scored: ScoredBatch, rows: range) -> ScoredBatch:
     pick = list(rows)
     return ScoredBatch(scored.total[pick], {k: v[pick] for k, v in scored.components.items()})
-
-
-def _joined(parts: Sequence[ScoredBatch]) -> ScoredBatch:
-    return ScoredBatch(
-        np.concatenate([part.total for part in parts]),
-        {name: np.concatenate([part.components[name] for part in parts]) for name in parts[0].components},
-    )

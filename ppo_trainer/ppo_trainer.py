@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from base_setup import backend
 from base_setup.lora_setup import read_description
+from base_setup.memory_estimate import read_config, within_memory
 from base_setup.parameters import count_parameters
 from base_setup.tokenizer_setup import check_vocabulary, prepare_prompts
 from config.errors import (
@@ -50,6 +51,7 @@ from ppo_trainer.dynamic_sampling import check_outcome_reward, collect_live_grou
 from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
 from ppo_trainer.experience_maker import ExperienceMaker
 from ppo_trainer.generator import Generator
+from ppo_trainer.group_scorer import GroupScorer
 from ppo_trainer.reference import build_reference, check_reference_path, describe_reference
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
 from ppo_trainer.updater import Updater
@@ -116,6 +118,8 @@ class PPOTrainer:
         if config.adapter_path is not None:
             read_description(Path(config.adapter_path).expanduser())
         check_reference_path(config)
+        if model is None and policy is None and Path(config.model_name).expanduser().is_dir():
+            within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
         self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
 
         backend.seed_everything(config.seed)
@@ -124,6 +128,7 @@ class PPOTrainer:
             check_vocabulary(tokenizer, vocabulary_size(base.model, base.config), "tokenizer")
             base = replace(base, tokenizer=tokenizer)
         _check_biased_tokens(config, vocabulary_size(base.model, base.config))
+        self.config = config = within_memory(base.config, config, critic=self.algorithm.needs_critic)
         self.policy = policy or PolicyModel(base, config)
         self.rewards = RewardSet.build(
             _for_tokenizer(reward_model, base.tokenizer) if reward_model is not None else "well_formed",
@@ -155,6 +160,9 @@ class PPOTrainer:
             self.kl_controller,
             config,
         )
+        self._group_scorer: GroupScorer | None = None
+        if config.score_while_decoding:
+            self._group_scorer = GroupScorer(lambda group: score_rollouts(self.rewards, group), self.rewards)
         self._updater: Updater | None = None
         self.step = 0  # batches of rollouts so far
         self.learned_steps = 0  # those that have been learned from, one under way included
@@ -238,7 +246,8 @@ class PPOTrainer:
 
     def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
         """What the rewards say about each rollout."""
-        return score_rollouts(self.rewards, rollouts)
+        scorer = self._group_scorer
+        return score_rollouts(self.rewards, rollouts) if scorer is None else scorer.score(rollouts)
 
     def make_experience(
         self, rollouts: Sequence[Rollout], scored: ScoredBatch | None = None, *, teaches: bool = True
@@ -268,7 +277,8 @@ class PPOTrainer:
         self.rollout_policy.before_rollouts(self.step)
 
     def _sample(self, prompts: Sequence[Prompt], first_member: int = 0) -> list[Rollout]:
-        rollouts = self.generator.generate(prompts, self.step, first_member=first_member)
+        on_group = self._group_scorer.begin if self._group_scorer is not None else None
+        rollouts = self.generator.generate(prompts, self.step, first_member=first_member, on_group=on_group)
         self.episodes += len(rollouts)
         return rollouts
 

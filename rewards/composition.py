@@ -48,6 +48,14 @@ class ScoredBatch(NamedTuple):
     components: dict[str, np.ndarray]  # (B,) each, unweighted; NaN where the reward does not apply
 
 
+def joined(parts: Sequence[ScoredBatch]) -> ScoredBatch:
+    """Batches one after the other, as one."""
+    return ScoredBatch(
+        np.concatenate([part.total for part in parts]),
+        {name: np.concatenate([part.components[name] for part in parts]) for name in parts[0].components},
+    )
+
+
 class RewardSet:
     """Rewards with their weights and the names under which they are logged.
 

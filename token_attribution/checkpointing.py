@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from token_attribution.host_math import usable, view
+from token_attribution.host_math import alone, usable
 from token_attribution.shared_prompts import ContinuedKeys, PromptKeys
 
 
@@ -114,6 +114,6 @@ def _alone(x: mx.array) -> mx.array:
     """``x`` without the graph behind it, where that has been evaluated already.
 
     On a GPU the graph is lazy and goes when it has been computed. On the CPU ``host_math`` evaluates in the middle of
-    differentiation, when MLX lets nothing go that another array still points to.
+    differentiation.
     """
-    return mx.array(view(x)) if usable() and x.dtype == mx.float32 else x
+    return alone(x) if usable() else x

@@ -24,6 +24,8 @@ _own_attention = mx.fast.scaled_dot_product_attention
 _own_silu = nn.silu
 _own_swiglu = activations.swiglu
 
+_LOWEST = np.finfo(np.float32).min
+
 _lock = threading.RLock()
 _depth = 0
 
@@ -95,14 +97,15 @@ def attention(
 
 
 def _hidden(mask: mx.array | str | None, b: int, heads: int, n: int, columns: int) -> np.ndarray | None:
-    """What is added to the scores, 0 or -inf, broadcastable to (b, heads, n, columns)."""
+    """What is added to the scores, 0 or nearly -inf, broadcast to (b, heads, n, columns)."""
     if mask is None or (n == 1 and isinstance(mask, str)):
         return None
     if isinstance(mask, str):
         seen = np.arange(columns) <= np.arange(columns - n, columns)[:, None]  # (n, columns)
     else:
         seen = np.array(mask)
-    bias = np.where(seen, np.float32(0), np.float32(-np.inf))
+    # As in MLX a row that may see nothing, such as one of padding, sees all alike: not NaN, which would spread.
+    bias = np.where(seen, np.float32(0), _LOWEST)
     shape = (1,) * (4 - bias.ndim) + bias.shape
     return np.broadcast_to(bias.reshape(shape), (b, heads, n, columns))
 

@@ -37,6 +37,16 @@ def view(x: mx.array) -> np.ndarray:
     return np.array(x, copy=False)
 
 
+def alone(x: mx.array) -> mx.array:
+    """``x``, evaluated, as a new array without the graph behind it.
+
+    Evaluated in the middle of a differentiation, MLX lets nothing go that another array still points to.
+    """
+    if x.dtype == mx.bfloat16:  # NumPy has no such type
+        return mx.array(view(x.view(mx.uint16))).view(mx.bfloat16)
+    return mx.array(view(x))
+
+
 def in_blocks(work: Callable[[slice], None], rows: int, width: int) -> None:
     """Call ``work`` on slices that together are ``range(rows)``, each row ``width`` elements wide."""
     step = max(1, _BLOCK // max(width, 1))

@@ -7,8 +7,8 @@ proved on a probe: ``head(hidden(x))`` must equal ``model(x)`` bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -42,13 +42,30 @@ def find_trunk(model: nn.Module, *, checkpoint: bool = False) -> Trunk | None:
         return None
 
     def hidden(tokens: mx.array, cache: Any = None) -> mx.array:
-        with fast_kernels(), checkpointed(inner.layers) if checkpoint else nullcontext():
+        with fast_kernels(), checkpointed(model.layers) if checkpoint else nullcontext():
             return inner(tokens, cache=cache)
+
+    def tried(tokens: mx.array, cache: Any = None) -> mx.array:
+        with _evaluating(model):
+            return hidden(tokens, cache)
 
     for head, head_module in _head_candidates(owner, inner):
         if _composes(model, hidden, head):
-            return Trunk(hidden, head, head_module, PromptSharing(hidden, lambda: make_prompt_cache(model)))
+            return Trunk(hidden, head, head_module, PromptSharing(tried, lambda: make_prompt_cache(model)))
     return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block nothing is dropped: two passes over the same tokens come out the same."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module._training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module._training = True
 
 
 def _head_candidates(

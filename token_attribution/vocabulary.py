@@ -80,7 +80,7 @@ def read_vocabulary(
         head_module: the module that owns all the weights of ``head`` (``Trunk.head_module``). With it, logits are
             recomputed in the backward. Without it they are kept, because a recomputation reaches only weights
             that it is told of: right for the identity, wasteful for anything else.
-        for_gradient: a backward pass will follow. Only speed depends on it.
+        for_gradient: one backward pass will follow. Only speed depends on it.
         chunk_elements: logits to hold at once, at least those of one position; None: ``CHUNK_ELEMENTS``.
     """
     check_temperature(temperature)
@@ -302,11 +302,9 @@ def _recomputed(look: _Look, head: Head, module: nn.Module, rows: mx.array, chun
             part = mx.depends([rows[chunk]], [*by_row[-1:], *so_far])[0]
             gradient, row_gradient = mx.grad(pulled, argnums=(0, 1))(parameters, part, chunk)
             total = tree_map(mx.add, total, gradient) if by_row else gradient
+            if look.on_host:  # slopes lie in memory already: let them go before the next chunk's
+                total, row_gradient = tree_map(host_math.alone, (total, row_gradient))
             by_row.append(row_gradient)
-            if look.on_host:
-                mx.eval(
-                    total, row_gradient
-                )  # slopes lie in memory already: let them go before the next chunk's
         return total, mx.concatenate(by_row)
 
     return cast(mx.array, numbers(module.trainable_parameters(), rows))
@@ -327,9 +325,9 @@ def _with_slopes_ready(look: _Look, head: Head, rows: mx.array, chunks: list[sli
                 done.append(found)
                 return unit
 
-            ready.append(mx.grad(lambda x: _with_gradient(head(x), slopes))(_after(ready, rows[chunk])))
-            if look.on_host:
-                mx.eval(ready[-1])  # slopes lie in memory already: let them go before the next chunk's
+            gradient = mx.grad(lambda x: _with_gradient(head(x), slopes))(_after(ready, rows[chunk]))
+            # On the host slopes lie in memory already: let them go before the next chunk's.
+            ready.append(host_math.alone(gradient) if look.on_host else gradient)
         return mx.concatenate(done, axis=1)
 
     @numbers.vjp
@@ -351,8 +349,10 @@ def _with_slopes_kept(look: _Look, head: Head, rows: mx.array) -> mx.array:
 
     @numbers.vjp
     def numbers_vjp(_: mx.array, cotangents: mx.array, __: mx.array) -> mx.array:
+        if not kept:
+            raise RuntimeError("what was read with for_gradient=True can be differentiated once, not twice")
         slopes = kept.pop()
-        if look.on_host:
+        if look.on_host and slopes.dtype == mx.float32:
             host_math.scale_rows(host_math.view(slopes), host_math.view(cotangents[0]))
             return slopes
         return (slopes * cotangents[0][:, None]).astype(slopes.dtype)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from base_setup.backend import set_memory_limits
 from base_setup.parameters import named_arrays
 from config.errors import TrainingRuntimeError
 from config.training_config import TrainingConfig
@@ -75,6 +76,7 @@ class ModelTrainer:
         learning_rate: float | None = None,
     ) -> None:
         self.module = module
+        set_memory_limits()  # a no-op but on Metal
         self.max_grad_norm = config.max_grad_norm
         self.max_skipped = config.max_skipped_steps
         self.skipped_in_a_row = 0
