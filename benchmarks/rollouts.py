@@ -92,23 +92,28 @@ def make_work(model: nn.Module, vocabulary: int, rows: int, places: int, uneven:
     return work
 
 
-def tokens_per_second(work: Work, ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Medians, the ways taken in turns, so that a busy moment of the machine hits all of them."""
+def measure(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, taken in turns, so that a busy moment of the machine hits all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    return {name: sum(work.lengths) / statistics.median(found) for name, found in seconds.items()}
+    return seconds
 
 
-def line(label: str, speeds: dict[str, float]) -> str:
-    """One row of the table: each way's speed, and the first one's as a multiple of the others'."""
-    first, *others = speeds.items()
-    told = [f"{name} {speed:6.0f}" for name, speed in speeds.items()]
-    ratios = [f"{first[1] / speed:.2f}x {name}" for name, speed in others]
-    return f"{label:<34} {' | '.join(told)} tokens/s: {', '.join(ratios)}"
+def line(label: str, tokens: int, seconds: dict[str, list[float]]) -> str:
+    """Tokens per second (median, best), and how many times the others' the first one's is (median over turns)."""
+    told = [
+        f"{name} {tokens / statistics.median(s):.0f} ({tokens / min(s):.0f})" for name, s in seconds.items()
+    ]
+    first, *others = seconds.items()
+    ratios = [
+        f"{statistics.median(b / a for a, b in zip(first[1], s, strict=True)):.2f} x {name}"
+        for name, s in others
+    ]
+    return f"{label}: {', '.join(told)} tokens/s: {', '.join(ratios)}"
 
 
 def main() -> None:
@@ -122,14 +127,13 @@ def main() -> None:
         for rows in arguments.rows:
             work = make_work(model, SIZES[name].vocabulary, rows, rows, uneven=False)
             ways: dict[str, Callable[[], None]] = {"ours": work.ours, "mlx-lm": work.mlx_lm}
-            found = tokens_per_second(work, ways, arguments.repeats)
-            print(line(f"{name}, {rows} rows", found), flush=True)
+            found = measure(ways, arguments.repeats)
+            print(line(f"{name}, {rows} rows", sum(work.lengths), found), flush=True)
         places = 32 if 32 in arguments.rows else max(arguments.rows)
         work = make_work(model, SIZES[name].vocabulary, 4 * places, places, uneven=True)
         ways = {"ours": work.ours, "fixed batches": lambda w=work: w.ours(w.places), "mlx-lm": work.mlx_lm}  # type: ignore[misc]
-        mean = statistics.mean(work.lengths)
-        found = tokens_per_second(work, ways, arguments.repeats)
-        print(line(f"{name}, {4 * places} rows of {mean:.0f} in {places} places", found), flush=True)
+        label = f"{name}, {4 * places} rows of {statistics.mean(work.lengths):.0f} in {places} places"
+        print(line(label, sum(work.lengths), measure(ways, arguments.repeats)), flush=True)
 
 
 if __name__ == "__main__":
