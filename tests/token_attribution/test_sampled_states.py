@@ -66,7 +66,7 @@ def batch_of(
             masks.append(mask)
             prompts.append(number)
     for _ in range(dead_rows):
-        rows.append(np.full(width, 10**6))  # no token at all: it must not even be looked up
+        rows.append(random.integers(0, VOCABULARY, size=width))
         masks.append(np.zeros(width - 1, dtype=bool))
         prompts.append(-1)
     order = random.permutation(len(rows))  # members of a group are not neighbours
@@ -163,6 +163,39 @@ def assert_same_gradient(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarr
         np.testing.assert_allclose(ours[name], expected, atol=atol, err_msg=name)
 
 
+class _Always:
+    """What can share anything, and needs no keys to do so."""
+
+    def __init__(self, *, ragged: bool) -> None:
+        self.ability = Ability(even=True, ragged=ragged)
+
+    def new_keys(self) -> list[Any]:
+        return []
+
+
+@pytest.mark.parametrize("overhead", [0, 10, 10**6])
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_each_state_is_that_of_the_token_before_the_sampled_one(
+    monkeypatch: pytest.MonkeyPatch, kind: str, ragged: bool, overhead: int
+) -> None:
+    """In a trunk whose states are its tokens, of which no two rows have one in common but in their prompts."""
+    a_pass_costs(monkeypatch, overhead)
+    batch = BATCHES[kind]
+    tokens = np.arange(batch.tokens.size).reshape(batch.tokens.shape)
+    for row, number in enumerate(batch.prompts):
+        if number >= 0:
+            first = int(batch.mask[row].argmax())
+            tokens[row, : first + 1] = -100 * (number + 1) - np.arange(first + 1)
+    trunk = Trunk(
+        lambda ids, cache=None: ids[..., None].astype(mx.float32),
+        lambda states: states,
+        sharing=_Always(ragged=ragged),  # type: ignore[arg-type]
+    )
+    states = sampled_states(trunk, mx.array(tokens), mx.array(batch.mask))
+    assert np.array_equal(np.array(states.rows)[:, 0], tokens[:, :-1][batch.mask])
+
+
 @pytest.mark.parametrize("overhead", [0, 10], ids=["many small passes", "few large passes"])
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -181,8 +214,6 @@ def test_values_and_every_gradient_are_those_of_each_row_alone(
     def shared() -> tuple[mx.array, mx.array]:
         halves = counting.trunk if counting is not None else None
         tokens, mask = mx.array(batch.tokens), mx.array(batch.mask)
-        if counting is None:  # such models compute dead rows too, so these need ids
-            tokens = mx.where(tokens < VOCABULARY, tokens, 0)
         return token_statistics(model, tokens, mask, TEMPERATURE, trunk=halves, entropy_gradient=True)
 
     logprobs, entropies, gradient = value_and_gradient(model, batch, shared)
