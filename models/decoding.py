@@ -21,6 +21,10 @@ from models.rollout_engine import Engine
 from models.sampling import DeviceSampler, Sampling, check_sampling
 from token_attribution.trunk import Trunk, find_trunk
 
+#: Up to here a step launched ahead, while Python goes on, is worth more on CPU than NumPy's exponentials: one row of a
+#: model of 1.3 million weights is decoded 1.4 times as fast.
+_FEW_LOGITS = 1 << 15
+
 
 def complete(
     model: nn.Module,
@@ -45,24 +49,25 @@ def complete(
         trunk: ``find_trunk(model)``, if the caller has it already.
         max_rows: how many are decoded side by side at most; None: all.
         on_done: called with a row's number and its completion when it has ended, while others are decoded.
-        on_host: whether tokens are drawn in NumPy; None: where MLX computes on CPU.
+        on_host: whether tokens are drawn in NumPy; None: where MLX computes on CPU, and there is much to draw from.
     Returns:
         One :class:`Completion` per row, in the order of ``rows``.
     """
     _check(sampling, uniforms, len(rows), max_new_tokens, max_rows)
-    if on_host is None:
-        on_host = device_kind() == "cpu"
+    places = max_rows or max(1, len(rows))
     tails = [prompts[prompt] for prompt in rows]
 
     def new_sampler(vocabulary: int) -> HostSampler | DeviceSampler:
-        return (HostSampler if on_host else DeviceSampler)(sampling, tails, vocabulary, uniforms)
+        much = device_kind() == "cpu" and min(places, len(rows)) * vocabulary > _FEW_LOGITS
+        kind = HostSampler if (much if on_host is None else on_host) else DeviceSampler
+        return kind(sampling, tails, vocabulary, uniforms)
 
     engine = Engine(
         model=model,
         trunk=trunk or find_trunk(model),
         prompts=prompts,
         rows=rows,
-        places=max_rows or max(1, len(rows)),
+        places=places,
         end_ids=end_ids,
         max_new_tokens=max_new_tokens,
         new_sampler=new_sampler,
