@@ -91,12 +91,15 @@ class Updater:
 
     @property
     def _only_advantages_teach(self) -> bool:
-        """Whether a row whose advantages are all 0 has a gradient of exactly 0, and may stay out of the pass."""
+        """Whether a row whose advantages are all 0 has no gradient and decides nothing: it may stay out of the pass."""
         config = self.config
         kl_in_loss = config.kl_placement == "loss" and kl_is_used(config)
+        # Limits on the mean ratio and KL are on those of all tokens.
+        limited = config.target_kl is not None or config.ratio_threshold is not None
         return (
             self.value is None
             and not kl_in_loss
+            and not limited
             and config.entropy_coef == 0
             and config.reduction != "micro_batch_mean"
         )

@@ -259,6 +259,8 @@ def test_the_weights_are_those_of_an_update_from_all_rows(
         ({"kl_coef": 0.1, "kl_placement": "reward", "kl_estimator": "k1"}, True),
         ({"entropy_coef": 0.01}, False),
         ({"reduction": "micro_batch_mean"}, False),
+        ({"target_kl": 0.1}, False),  # such limits are on means over all tokens
+        ({"ratio_threshold": 2.0}, False),
     ],
 )
 def test_only_where_nothing_but_advantages_teaches_are_rows_left_out(
@@ -274,6 +276,26 @@ def test_only_where_nothing_but_advantages_teaches_are_rows_left_out(
     # Row 4 was not scored; row 5 is alone in its group then.
     assert (computed < 6) is alone
     assert minibatch.n_rows == 5
+
+
+def test_a_limit_on_the_kl_is_on_that_of_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epochs end where the KL passes it, and rows that teach nothing hold it down."""
+    one_group = [1.0, 1.0, 0.0, 1.0, 0.5, 0.5]
+
+    def kl_after(epochs: int, **options: Any) -> tuple[float, float]:
+        trainer = trainer_of(tmp_path, "grpo", num_epochs_per_rollout=epochs, learning_rate=0.05, **options)
+        total = np.array(one_group, dtype=np.float32)
+        made, _ = trainer.make_experience(rollouts(), ScoredBatch(total, {trainer.rewards.names[0]: total}))
+        metrics = trainer.update(made)
+        return metrics["policy/approxkl_avg"], metrics["num_updates"]
+
+    of_live_rows, _ = kl_after(2)
+    of_all_rows, _ = kl_after(2, target_kl=1e6)
+    assert of_live_rows > 1.2 * of_all_rows
+    # Means are over both epochs, of which the first has none.
+    between = of_live_rows + of_all_rows
+    assert kl_after(3, target_kl=between)[1] == 3
+    assert kl_after(3, target_kl=1.9 * of_all_rows)[1] == 2
 
 
 def test_a_critic_learns_from_rows_without_advantage(tmp_path: Path) -> None:

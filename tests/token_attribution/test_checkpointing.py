@@ -153,9 +153,9 @@ def test_less_memory_is_held_and_hardly_more_for_further_blocks(path: str) -> No
             most = mx.get_peak_memory() - before
         return most
 
-    plain, forgetful = ([peak(n, forgets=flag) for n in (2, 4)] for flag in (False, True))
+    plain, forgetful = ([peak(n, forgets=flag) for n in (4, 8)] for flag in (False, True))
     assert forgetful[1] < 0.75 * plain[1]
-    assert forgetful[1] - forgetful[0] < 0.4 * (plain[1] - plain[0])
+    assert forgetful[1] - forgetful[0] < 0.2 * (plain[1] - plain[0])
     weights = sum(x.nbytes for _, x in tree_flatten(build_embedded(SHALLOW, seed=1).model.layers))
     assert plain[1] - plain[0] > 2 * weights  # it is not the gradients that are measured here
 
@@ -212,6 +212,30 @@ def test_with_dropout_the_gradient_is_that_of_the_loss_that_was_returned(
     assert len({float(loss()), float(loss(None)), float(loss(None)), float(loss(4))}) == 4
     nn.value_and_grad(model, loss)()
     assert float(loss(None)) not in (float(value), float(loss()))
+
+
+def test_no_block_of_any_pass_drops_what_another_did(
+    tiny: LanguageModel, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes of two blocks: each block's two computations from one seed, and four seeds in all."""
+    seeds: list[int | None] = []
+    own = checkpointing._drawing_from
+
+    def noted(seed: int | None) -> Any:
+        seeds.append(seed)
+        return own(seed)
+
+    monkeypatch.setattr(checkpointing, "_drawing_from", noted)
+    model = adapted(share_weights(tiny.model), make_config(lora_dropout=0.5))
+    trunk = forgetting(model)._replace(sharing=None)
+    model.train()
+    a_pass_costs(monkeypatch, 10**6)
+    seeds.clear()
+    mx.random.seed(3)
+    for _ in range(2):
+        loss_and_gradient(model, trunk, "first tokens alone")
+    assert len(seeds) == 8
+    assert sorted(seeds.count(seed) for seed in set(seeds)) == [2, 2, 2, 2]
 
 
 def test_what_evaluation_computes_draws_no_random_number(tiny: LanguageModel) -> None:
