@@ -118,7 +118,8 @@ class PPOTrainer:
         if config.adapter_path is not None:
             read_description(Path(config.adapter_path).expanduser())
         check_reference_path(config)
-        if model is None and policy is None and Path(config.model_name).expanduser().is_dir():
+        given = model is not None or policy is not None
+        if config.max_memory_gb is not None and not given and Path(config.model_name).expanduser().is_dir():
             within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
         self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
 

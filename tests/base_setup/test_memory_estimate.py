@@ -32,6 +32,7 @@ from config.training_config import TrainingConfig
 from models.policy_model import PolicyModel
 from models.sft_model import build_embedded
 from ppo_trainer import updater
+from ppo_trainer.ppo_trainer import PPOTrainer
 from token_attribution import sampled_states, vocabulary
 from training import adamw
 from training.model_trainer import ModelTrainer
@@ -378,3 +379,29 @@ def test_a_model_that_is_not_there_is_refused_in_a_sentence(tmp_path: Path) -> N
 def test_the_embedded_model_has_an_estimate_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--dry-run", "--model", "embedded"]) == 0
     assert "0.3 million parameters" in capsys.readouterr().out
+
+
+def test_a_run_takes_the_micro_batch_that_fits_or_refuses_before_it_loads_weights(tmp_path: Path) -> None:
+    base = build_embedded(ModelConfig.tiny(), 0)
+    config = PPOConfig(
+        model_name="embedded",
+        algorithm="grpo",
+        group_size=8,
+        max_prompt_length=64,
+        max_new_tokens=32,
+        micro_batch_size=32,
+        output_dir=str(tmp_path / "run"),
+    )
+    device = "cpu"
+    all_rows = predict(base.config, config, critic=False, device=device).peak
+    half = predict(base.config, config.replace(micro_batch_size=16), critic=False, device=device).peak
+    limited = config.replace(max_memory_gb=(half + all_rows) / 2 / GB)
+    assert (
+        16 <= (PPOTrainer(limited, reward_model="well_formed", model=base).config.micro_batch_size or 0) < 32
+    )
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(base.config))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidConfigurationError, match="max_memory_gb: 0.001 GB do not hold this run"):
+        PPOTrainer(config.replace(model_name=str(folder), max_memory_gb=0.001), reward_model="well_formed")
