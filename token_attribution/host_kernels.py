@@ -121,14 +121,16 @@ def _softmax(scores: mx.array, bias: np.ndarray | None) -> mx.array:
 
         def work(rows: slice) -> None:
             for i in range(rows.start, rows.stop):
-                part = z[i // heads, i % heads]  # (n, columns)
-                if bias is not None:
-                    np.add(part, bias[i // heads, i % heads], out=part)
-                np.subtract(part, part.max(axis=-1, keepdims=True), out=part)
-                np.exp(part, out=part)
-                np.divide(part, part.sum(axis=-1, keepdims=True), out=part)
+                _normalise(z[i // heads, i % heads], None if bias is None else bias[i // heads, i % heads])
 
-        in_blocks(work, b * heads, n * columns)
+        def work_on_single_queries(rows: slice) -> None:
+            _normalise(z.reshape(b * heads, columns)[rows], None if added is None else added[rows])
+
+        if n == 1:  # a step of decoding: a loop over rows and heads would cost more than their few scores do
+            added = None if bias is None else bias.reshape(b * heads, columns)
+            in_blocks(work_on_single_queries, b * heads, columns)
+        else:
+            in_blocks(work, b * heads, n * columns)
         return out
 
     @softmax.vjp
@@ -149,6 +151,15 @@ def _softmax(scores: mx.array, bias: np.ndarray | None) -> mx.array:
         return cotangent
 
     return cast(mx.array, softmax(scores))
+
+
+def _normalise(scores: np.ndarray, bias: np.ndarray | None) -> None:
+    """Softmax over the last axis, in place."""
+    if bias is not None:
+        np.add(scores, bias, out=scores)
+    np.subtract(scores, scores.max(axis=-1, keepdims=True), out=scores)
+    np.exp(scores, out=scores)
+    np.divide(scores, scores.sum(axis=-1, keepdims=True), out=scores)
 
 
 # -- Gates --------------------------------------------------------------------------------------------
