@@ -403,5 +403,5 @@ def test_a_run_takes_the_micro_batch_that_fits_or_refuses_before_it_loads_weight
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(base.config))
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InvalidConfigurationError, match="max_memory_gb: 0.001 GB do not hold this run"):
+    with pytest.raises(InvalidConfigurationError, match=r"max_memory_gb: 0\.001 GB do not hold this run"):
         PPOTrainer(config.replace(model_name=str(folder), max_memory_gb=0.001), reward_model="well_formed")
