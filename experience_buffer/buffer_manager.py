@@ -17,6 +17,7 @@ class Minibatch(NamedTuple):
     micro_batches: list[Experience]
     n_rows: int  # rows with a True position: a row that could not be scored is not there
     n_tokens: int  # True positions of the mask over all rows, those left out of the micro-batches included
+    rows: list[list[int]]  # which of the batch's rows each micro-batch has
 
 
 class ExperienceBuffer:
@@ -74,8 +75,8 @@ class ExperienceBuffer:
         parts = list(self._micro_batches(computed))
         if len(parts) == 1 and len(computed) == self.experience.size:
             # The very arrays that the reference saw, in the same order, to the last bit.
-            return Minibatch([self.experience], *counts)
-        return Minibatch([self.experience.rows(part) for part in parts], *counts)
+            return Minibatch([self.experience], *counts, [list(range(self.experience.size))])
+        return Minibatch([self.experience.rows(part) for part in parts], *counts, parts)
 
     def _micro_batches(self, rows: np.ndarray) -> Iterator[list[int]]:
         """Rows that go through the model together: of one prompt if possible, then of like width."""

@@ -62,6 +62,7 @@ class Experience(NamedTuple):
     ref_logprobs: mx.array | None = None  # (B, T) log π_ref
     values: mx.array | None = None  # (B, T) V_old
     returns: mx.array | None = None  # (B, T) R, what the value network learns
+    rewards: mx.array | None = None  # (B, T), where advantages and returns are still to be made of them
 
     @property
     def size(self) -> int:
@@ -86,4 +87,5 @@ class Experience(NamedTuple):
             ref_logprobs=cut(self.ref_logprobs),
             values=cut(self.values),
             returns=cut(self.returns),
+            rewards=cut(self.rewards),
         )

@@ -68,6 +68,7 @@ class ExperienceMaker:
         single_update: bool,
         greedy_scores: np.ndarray | None = None,
         teaches: bool = True,
+        values_of_only_update: Callable[[Experience], mx.array] | None = None,
     ) -> tuple[Experience, dict[str, float]]:
         """Experience of one batch, and its metrics.
 
@@ -75,6 +76,8 @@ class ExperienceMaker:
         measured from, so no pass for old logprobs is made unless something else needs it.
         ``greedy_scores`` ``(B,)``: the score of the likeliest answer to each row's prompt.
         ``teaches=False``: only measure; nothing will be learned from this batch.
+        ``values_of_only_update``: what tells the values ``(B, T)``, in place of a pass for them; it is given the
+        experience so far, with its rewards.
         """
         batch = extract(rollouts)
         raw = mx.array(scored.total)  # (B,), NaN where no reward applies
@@ -84,15 +87,18 @@ class ExperienceMaker:
 
         trainer = None if self._skips_old_pass(single_update) else self._in_batches(self._policy_pass, batch)
         ref = self._in_batches(self._ref_logprobs, batch) if self.reference is not None else None
-        values = trainer.values if trainer is not None else None
-        if self.value is not None and values is None:
-            values = self._in_batches(self._values, batch)
         kl = self._kl_penalty(trainer, ref, batch.mask)
         rewards = token_rewards(
             mx.where(mx.isnan(scores), 0.0, scores), kl, batch.mask, self.kl_controller.value
         )
         if self.config.whiten_rewards:
             rewards = whiten_rewards(rewards, batch.mask)
+        values = trainer.values if trainer is not None else None
+        if values_of_only_update is not None:
+            so_far = Experience(*batch[:2], mx.zeros_like(rewards), batch.sampler_logprobs, rewards=rewards)
+            values = values_of_only_update(so_far)
+        elif self.value is not None and values is None:
+            values = self._in_batches(self._values, batch)
 
         group_ids = mx.array([r.prompt.index for r in rollouts])
         components, weights = self._components(scored, rewards, batch.mask)

@@ -47,6 +47,7 @@ from models.value_model import ValueModel
 from monitoring.recorder import RunRecorder
 from ppo_trainer.algorithms import Algorithm, find_algorithm
 from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
+from ppo_trainer.credit import from_critic
 from ppo_trainer.dynamic_sampling import check_outcome_reward, collect_live_groups
 from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
 from ppo_trainer.experience_maker import ExperienceMaker
@@ -226,7 +227,10 @@ class PPOTrainer:
         rollouts, scored, collected = self._collect(prompts, clock)
         # A batch of dead groups alone teaches nothing, although penalties may tell its completions apart.
         teaches = collected.get("dynamic_sampling/live_groups") != 0
-        experience, metrics = self.make_experience(rollouts, scored, teaches=teaches)
+        first = self._critic_learns_first(len(rollouts)) and teaches
+        experience, metrics = self._make_experience(
+            rollouts, scored, teaches=teaches, critic_learns_first=first
+        )
         clock.lap("time/score")
         metrics = self.update(experience) | metrics  # KL of the policy that sampled, where both have one
         clock.lap("time/update")
@@ -254,22 +258,56 @@ class PPOTrainer:
         self, rollouts: Sequence[Rollout], scored: ScoredBatch | None = None, *, teaches: bool = True
     ) -> tuple[Experience, dict[str, float]]:
         """Score rollouts, unless they are, and work out advantages; see :class:`ExperienceMaker`."""
-        scored = scored or self.score(rollouts)
+        return self._make_experience(rollouts, scored or self.score(rollouts), teaches=teaches)
+
+    def _make_experience(
+        self,
+        rollouts: Sequence[Rollout],
+        scored: ScoredBatch,
+        *,
+        teaches: bool,
+        critic_learns_first: bool = False,
+    ) -> tuple[Experience, dict[str, float]]:
         self._latest_samples = sample_records(rollouts, scored, self.config.max_logged_samples)
+        if critic_learns_first:
+            self.learned_steps = self.step
         return self._maker.make(
             rollouts,
             scored,
             single_update=updates_per_batch(self.config, len(rollouts)) == 1,
             greedy_scores=self._greedy_scores(rollouts) if self.algorithm.needs_greedy else None,
             teaches=teaches,
+            values_of_only_update=(
+                self._current_updater.values_of_only_update if critic_learns_first else None
+            ),
+        )
+
+    def _critic_learns_first(self, rows: int) -> bool:
+        """Whether the critic can learn from a batch with the very forward that tells its values.
+
+        One update follows; what the critic learns depends on a row alone, as in GAE; and all rows teach it, whatever
+        the policy's part of the update turns out to be.
+        """
+        value, config = self.value_model, self.config
+        return (
+            value is not None
+            and not value.shared
+            and updates_per_batch(config, rows) == 1
+            and self.algorithm.credit is from_critic
+            and not config.mask_truncated_completions
+            and config.target_kl is None
         )
 
     def update(self, experience: Experience) -> dict[str, float]:
         """All optimiser steps on one batch; see :class:`Updater`."""
+        self.learned_steps = self.step
+        return self._current_updater.update(experience, self.step)
+
+    @property
+    def _current_updater(self) -> Updater:
         if self._updater is None:
             self._updater = self._build_updater(1)
-        self.learned_steps = self.step
-        return self._updater.update(experience, self.step)
+        return self._updater
 
     # -- Its parts ------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from advantage.gae_advantage import gae
 from base_setup.backend import device_kind
 from config.ppo_config import PPOConfig
 from experience_buffer.buffer_manager import ExperienceBuffer, Minibatch
@@ -45,6 +46,7 @@ class Updater:
         module = value.module if shared and value is not None else policy.model
         self.policy_trainer = ModelTrainer(module, config, total_steps=total_steps)
         self.value_trainer: ModelTrainer | None = None
+        self._value_report: StepReport | None = None  # of a step on the batch at hand that was made already
         if value is not None and not shared:
             self.value_trainer = ModelTrainer(
                 value.module, config, total_steps=total_steps, learning_rate=config.value_learning_rate
@@ -68,9 +70,26 @@ class Updater:
                     merged = watched if merged is None else merged.merge(watched)
                     if self._too_far(watched):
                         return self._metrics(merged, reports, value_reports)
-                if self.value_trainer is not None:
+                if self._value_report is not None:
+                    value_reports.append(self._value_report)
+                elif self.value_trainer is not None:
                     value_reports.append(self._value_step(minibatch))
+        self._value_report = None
         return self._metrics(merged, reports, value_reports)
+
+    def values_of_only_update(self, experience: Experience) -> mx.array:
+        """Values (B, T) of a batch from which one update is learned, and the critic's part in that, from one forward.
+
+        What the critic learns is made of its own values and ``experience.rewards`` (B, T). The policy's part of the
+        update needs the values as they were before; its advantages are still to be made of them.
+        """
+        minibatch = next(self._buffer(experience).minibatches())
+        values = np.zeros(experience.mask.shape, dtype=np.float32)
+        if minibatch.n_tokens:
+            self._value_report = self._value_step(minibatch)
+            for rows, extra in zip(minibatch.rows, self._value_report.extras, strict=True):
+                values[rows, : extra[2].shape[1]] = np.array(extra[2])
+        return mx.array(values)
 
     def _buffer(self, experience: Experience) -> ExperienceBuffer:
         config = self.config
@@ -117,11 +136,14 @@ class Updater:
         assert self.value is not None
         value = self.value
 
-        def loss(part: Experience) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-            critic, clipped = self.objective.critic_loss(
-                value.values(part.tokens, part.mask), part, minibatch
-            )
-            return critic, (critic, clipped)
+        def loss(part: Experience) -> tuple[mx.array, tuple[mx.array, ...]]:
+            values = value.values(part.tokens, part.mask)
+            before = mx.stop_gradient(values)
+            if part.rewards is not None:  # the forward that says what the values were is this one
+                returns = gae(part.rewards, before, part.mask, self.config.gamma, self.config.lam)[1]
+                part = part._replace(values=before, returns=returns)
+            critic, clipped = self.objective.critic_loss(values, part, minibatch)
+            return critic, (critic, clipped, before)
 
         return self.value_trainer.step(loss, minibatch.micro_batches)
 

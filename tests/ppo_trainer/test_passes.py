@@ -145,6 +145,17 @@ def test_each_model_runs_as_often_as_somebody_reads_it(
     assert Observed(tmp_path, monkeypatch, algorithm, **options).both() == (before, during)
 
 
+def test_a_critic_of_its_own_runs_once_for_its_values_and_its_only_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed = Observed(tmp_path, monkeypatch, "ppo", group_size=1)
+    total = np.array(LIVE, dtype=np.float32)
+    scored = ScoredBatch(total, {observed.trainer.rewards.names[0]: total})
+    made, _ = observed.trainer._make_experience(rollouts(), scored, teaches=True, critic_learns_first=True)
+    observed.trainer.update(made)
+    assert observed.passes == {"value": 1, "policy": 1}
+
+
 def test_the_exact_kl_of_the_loss_needs_one_pass_of_each_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
