@@ -1004,7 +1004,7 @@ MUTANTS = (
     Mutant(
         17,
         "causal-mask-without-itself",
-        "token_attribution/host_kernels.py",
+        "token_attribution/host_attention.py",
         "np.arange(columns) <= np.arange",
         "np.arange(columns) < np.arange",
         "tests/token_attribution/test_host_kernels.py",

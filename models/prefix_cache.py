@@ -9,7 +9,9 @@ as wide as the longest completion of those present.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +19,9 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from base_setup.backend import device_kind
+from token_attribution import host_kernels, host_math
+from token_attribution.host_attention import Grouping, SharedPast
+from token_attribution.trunk import Trunk
 
 _GROWTH = 64  # columns added at a time: few reallocations, little memory that is never used
 _NARROW = 3 / 4  # prompts' columns are given back when those present need less than this of them
@@ -38,13 +43,30 @@ class Columns:
         self._live = np.zeros(0, dtype=bool)  # (n,) False: has ended, and is still carried along
         self._written = np.zeros(0, dtype=np.int64)  # when each column was last written
         self._now = 0
+        self._prompt_of = np.zeros(0, dtype=np.int64)  # (n,) each row's, among the prompts present
+        self._prompts: list[int] = []  # those present, by number
+        self.new_prompts: list[int] = []  # of the rows that entered last, those that brought a prompt along
+        self.staying_prompts: np.ndarray | None = (
+            None  # of the prompts before rows left last; None: all of them
+        )
+        self._grouping: Grouping | None = None
         self._masks: dict[tuple[int | None, bool], mx.array | None] = {}
 
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def enter(self, lengths: list[int]) -> None:
-        """Rows with prompts of these lengths come in, below those that are there."""
+    def enter(self, lengths: list[int], prompts: list[int] | None = None) -> None:
+        """Rows with prompts of these lengths come in, below those that are there.
+
+        ``prompts``: their numbers, where rows share them.
+        """
+        first_new = len(self._prompts)
+        for prompt in prompts or []:
+            if prompt not in self._prompts:
+                self._prompts.append(prompt)
+        places = [self._prompts.index(prompt) for prompt in prompts or []]
+        self.new_prompts = [places.index(place) for place in range(first_new, len(self._prompts))]
+        self._prompt_of, self._grouping = np.append(self._prompt_of, places).astype(np.int64), None
         self._lengths = np.append(self._lengths, lengths)
         self._born = np.append(self._born, [self._now] * len(lengths))
         self._live = np.append(self._live, [True] * len(lengths))
@@ -56,6 +78,24 @@ class Columns:
         """From now on row i is what row ``order[i]`` was."""
         self._lengths, self._born = self._lengths[order], self._born[order]
         self._live = self._live[order]
+        if not self._prompts:
+            return
+        present, self._prompt_of = np.unique(self._prompt_of[order], return_inverse=True)
+        self.staying_prompts = present if len(present) < len(self._prompts) else None
+        self._prompts = [self._prompts[place] for place in present]
+        self._grouping = None
+
+    @property
+    def all_prompts_are_new(self) -> bool:
+        """Whether nobody is left of the rows that were there before others entered last."""
+        return len(self.new_prompts) == len(self._prompts)
+
+    @property
+    def grouping(self) -> Grouping:
+        """Which of the prompts present each row continues."""
+        if self._grouping is None:
+            self._grouping = Grouping(self._prompt_of, len(self._prompts))
+        return self._grouping
 
     def retire(self, rows: np.ndarray) -> None:
         """What these rows compute does not matter any more."""
@@ -173,6 +213,58 @@ class GroupCache:
             self.keys[to], self.values[to] = keys, values
 
 
+class SharedCache(GroupCache):
+    """The same with each prompt's keys and values there once, however many rows continue it.
+
+    What it gives out are the rows' own columns; ``host_kernels.attention_with_cache`` looks up :attr:`past` besides.
+    """
+
+    def __init__(self, columns: Columns, rows: int) -> None:
+        super().__init__(columns, rows)
+        self._past: tuple[mx.array, mx.array] | None = None  # (N, H, P, D), (N, H, P, E)
+
+    @property
+    def past(self) -> SharedPast:
+        """The prompts, and who continues them."""
+        assert self._past is not None
+        return SharedPast(*self._past, self._columns.grouping)
+
+    def enter(self, prompt: KVCache, picks: list[int]) -> None:
+        """As above; of each prompt that is there already nothing is taken."""
+        columns = self._columns
+        keys, values = prompt.keys_and_values()
+        if self._past is None:
+            shapes = ((self._rows, x.shape[1], _GROWTH, x.shape[3]) for x in (keys, values))
+            self.keys, self.values = (mx.zeros(shape, keys.dtype) for shape in shapes)
+        new = mx.array([picks[i] for i in columns.new_prompts], dtype=mx.int32)
+        width = columns.prompt_width
+        taken = [_as_wide(x[new], width) for x in (keys, values)]
+        if self._past is not None and not columns.all_prompts_are_new:
+            taken = [
+                mx.concatenate([_as_wide(old, width), x]) for old, x in zip(self._past, taken, strict=True)
+            ]
+        self._past = taken[0], taken[1]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write this step's column; the rows' own columns in use come back, each (n, H, W, D)."""
+        own = super().update_and_fetch(keys, values)
+        return own if host_kernels.installed() else self.past.before(*own)
+
+    def keep(self, order: np.ndarray) -> None:
+        """As above; a prompt that nobody continues any more goes too."""
+        super().keep(order)
+        staying = self._columns.staying_prompts
+        if staying is not None and self._past is not None:
+            keys, values = self._past
+            self._past = keys[mx.array(staying)], values[mx.array(staying)]
+
+
+def _as_wide(x: mx.array, width: int) -> mx.array:
+    """``(N, H, P, D)`` with this many columns in place of P."""
+    missing = width - x.shape[2]
+    return x[:, :, :width] if missing <= 0 else mx.pad(x, [(0, 0), (0, 0), (0, missing), (0, 0)])
+
+
 class RepeatedCache:
     """The same for architectures whose caches are not plain keys and values (sliding, recurrent).
 
@@ -208,23 +300,43 @@ def shares_ragged_prompts(model: nn.Module) -> bool:
     (gemma2 gives its scores a fifth axis, older ones make their own mask). Rows that enter while others decode need
     the same two things.
     """
-    prompts = make_prompt_cache(model)
-    if not has_plain_caches(prompts):
+    if not has_plain_caches(make_prompt_cache(model)):
         return False
-    long, short, following = [0, 1, 2, 3], [2], 1
-    model(mx.array([long, short + [0] * 3]), cache=prompts)
+    return _decodes(model, model, GroupCache, [[0, 1, 2, 3], [2]])
+
+
+def cache_for(model: nn.Module, trunk: Trunk | None, types: set[mx.Dtype]) -> type[GroupCache]:
+    """The cache for keys of these types: on CPU one that shares prompts among rows, if a try-out says that it may."""
+    if trunk is None or not host_math.usable() or types != {mx.float32}:
+        return GroupCache
+    key = trunk.sharing or trunk.hidden
+    if key not in _tried:
+        _tried[key] = _decodes(model, trunk.hidden, SharedCache, [[0, 1, 2, 3], [2, 1, 3, 0]])
+    return SharedCache if _tried[key] else GroupCache
+
+
+_tried: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _decodes(
+    model: nn.Module, forward: Callable[..., mx.array], kind: type[GroupCache], prompts: list[list[int]]
+) -> bool:
+    """Whether a step after two tiny prompts, decoded side by side, comes out as from a forward without a cache."""
+    width, following = max(map(len, prompts)), 1
+    filled = make_prompt_cache(model)
+    forward(mx.array([prompt + [0] * (width - len(prompt)) for prompt in prompts]), cache=filled)
     columns = Columns()
-    columns.enter([4, 1])
-    caches = [GroupCache(columns, 2) for _ in prompts]
-    for cache, prompt in zip(caches, prompts, strict=True):
-        cache.enter(prompt, [0, 1])
+    rows = [1, 0, 1]
+    columns.enter([len(prompts[row]) for row in rows], rows)
+    caches = [kind(columns, len(rows)) for _ in filled]
+    for cache, prompt in zip(caches, filled, strict=True):
+        cache.enter(prompt, rows)
     columns.advance()
     try:
-        together = model(mx.array([[following]] * 2), cache=caches)[:, -1].astype(mx.float32)
+        together = forward(mx.array([[following]] * len(rows)), cache=caches)[:, -1].astype(mx.float32)
         mx.eval(together)
     except (ValueError, TypeError, AttributeError):
         return False
-    alone = [model(mx.array([[*prompt, following]]))[0, -1].astype(mx.float32) for prompt in (long, short)]
-    difference = mx.mean(mx.abs(together - mx.stack(alone)))
-    # 16-bit rounding comes to a hundredth of the logits' spread; a token that should be hidden, to a fifth or more.
-    return bool(difference < 0.05 * mx.std(mx.stack(alone)))
+    alone = mx.stack([forward(mx.array([[*prompts[i], following]]))[0, -1].astype(mx.float32) for i in rows])
+    # 16-bit rounding comes to a hundredth of the spread; a token that should be hidden, to a fifth or more.
+    return bool(mx.mean(mx.abs(together - alone)) < 0.05 * mx.std(alone))

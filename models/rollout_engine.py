@@ -18,7 +18,13 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from models.completions import Completion, Completions
-from models.prefix_cache import Columns, GroupCache, RepeatedCache, has_plain_caches, shares_ragged_prompts
+from models.prefix_cache import (
+    Columns,
+    RepeatedCache,
+    cache_for,
+    has_plain_caches,
+    shares_ragged_prompts,
+)
 from token_attribution.trunk import Trunk
 
 #: Rows that have ended are dropped, and waiting ones come in, when they are this share of the batch, or of the places:
@@ -193,9 +199,12 @@ class Engine:
         prefill = self._prefilled[self.rows[rows[0]]]
         picks = [prefill.places[self.rows[row]] for row in rows]
         if has_plain_caches(prefill.caches):
-            self._columns.enter([len(self.prompts[self.rows[row]]) for row in rows])
+            prompts = [self.rows[row] for row in rows]
+            self._columns.enter([len(self.prompts[prompt]) for prompt in prompts], prompts)
             if not self._caches:
-                self._caches = [GroupCache(self._columns, self.places) for _ in prefill.caches]
+                types = {x.dtype for cache in prefill.caches for x in cache.keys_and_values()}
+                kind = cache_for(self.model, self.trunk, types)
+                self._caches = [kind(self._columns, self.places) for _ in prefill.caches]
             for cache, prompt in zip(self._caches, prefill.caches, strict=True):
                 cache.enter(prompt, picks)
         else:  # they enter together, into an empty batch

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from token_attribution.host_kernels import fast_kernels
 from token_attribution.host_math import alone, usable
 from token_attribution.shared_prompts import ContinuedKeys, PromptKeys
 
@@ -82,7 +83,7 @@ def _call(
             return cast(mx.array, sum(mx.sum(out * c) for out, c in zip(outputs, cotangents, strict=True)))
 
         everything = tuple(range(1 + len(arrays)))
-        with _drawing_from(seed):
+        with fast_kernels(), _drawing_from(seed):
             gradients = mx.grad(pulled, argnums=everything)(parameters, *arrays)
         return tree_map(_alone, gradients)
 

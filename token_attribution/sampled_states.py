@@ -14,11 +14,15 @@ import mlx.core as mx
 import numpy as np
 
 from base_setup.backend import device_kind
-from token_attribution.shared_prompts import ContinuedKeys
+from token_attribution import host_math
+from token_attribution.host_attention import Grouping
+from token_attribution.shared_prompts import ContinuedKeys, PromptSharing
 from token_attribution.trunk import Trunk
 
 #: What one more pass costs, in tokens: the same operations dispatched again, on smaller matrices.
 _PASS_TOKENS = {"cpu": 32, "metal": 512, "cuda": 512}
+
+_FILLED_UP = 1.5  # times as many rows as there are, where groups are of different sizes
 
 
 class SampledStates(NamedTuple):
@@ -153,7 +157,8 @@ def _shared(trunk: Trunk, layout: _Layout) -> tuple[list[mx.array], np.ndarray]:
             columns = layout.first[rows, None] + 1 + np.arange(count)
             columns = np.minimum(columns, layout.tokens.shape[1] - 1)  # beyond a row's end anything will do
             which, length = place[layout.prompt[rows]], layout.prompt_length[layout.prompt[rows]]
-            caches = [ContinuedKeys(k, mx.array(which), length) for k in keys]
+            grouping = _grouping(trunk.sharing, which, len(prompts))
+            caches = [ContinuedKeys(k, which, length, grouping) for k in keys]
             states = trunk.hidden(mx.array(layout.tokens[rows[:, None], columns]), cache=caches)  # (b, C, D)
             parts.append(states.reshape(-1, states.shape[-1]))
             start[rows] = total + np.arange(len(rows)) * count
@@ -164,6 +169,15 @@ def _shared(trunk: Trunk, layout: _Layout) -> tuple[list[mx.array], np.ndarray]:
         at_prompt[layout.prompt[layout.row]],
         start[layout.row] + layout.column - first - 1,
     )
+
+
+def _grouping(sharing: PromptSharing, which: np.ndarray, prompts: int) -> Grouping | None:
+    """The rows by prompt, if attention is to read each prompt once for all of its rows."""
+    if not (host_math.usable() and sharing.takes_groups):
+        return None
+    grouping = Grouping(which, prompts)
+    # A group that is smaller than the largest is filled up with rows that nobody asked for.
+    return grouping if grouping.places <= _FILLED_UP * len(which) else None
 
 
 def _prompt_buckets(lengths: np.ndarray, ragged: bool) -> Iterator[np.ndarray]:

@@ -17,6 +17,9 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from token_attribution import host_kernels
+from token_attribution.host_attention import Grouping, SharedPast
+
 _SHORT_WINDOW = 64  # a sliding window that the test drive can look beyond
 
 
@@ -45,12 +48,22 @@ class PromptKeys:
 class ContinuedKeys:
     """One layer's keys and values for completions that continue these prompts, one prompt a row."""
 
-    def __init__(self, prompts: PromptKeys, rows: mx.array, lengths: np.ndarray) -> None:
-        """``rows`` (b,): each row's prompt among ``prompts``; ``lengths`` (b,): how long that is."""
+    def __init__(
+        self, prompts: PromptKeys, rows: np.ndarray, lengths: np.ndarray, grouping: Grouping | None = None
+    ) -> None:
+        """``rows`` (b,): each row's prompt among ``prompts``; ``lengths`` (b,): how long that is.
+
+        ``grouping``: of the rows by prompt, where ``host_kernels.attention_with_cache`` looks at prompts itself.
+        """
         assert prompts.keys is not None
         assert prompts.values is not None
         self._width = prompts.keys.shape[2]
-        self.past_keys, self.past_values = prompts.keys[rows], prompts.values[rows]  # (b, H, P, D)
+        self._grouping = grouping
+        self.past_keys, self.past_values = prompts.keys, prompts.values  # (N, H, P, D)
+        if grouping is None:
+            self.past_keys, self.past_values = (
+                x[mx.array(rows)] for x in (prompts.keys, prompts.values)
+            )  # (b, …)
         ragged = bool((lengths != self._width).any())
         self._lengths = mx.array(lengths)[:, None, None] if ragged else None  # (b, 1, 1)
         self.offset: Any = mx.array(lengths) if ragged else self._width
@@ -61,8 +74,18 @@ class ContinuedKeys:
         other.past_keys, other.past_values = keys, values
         return other
 
+    @property
+    def past(self) -> SharedPast | None:
+        """What rows have in common, if that is not repeated for each."""
+        return (
+            None if self._grouping is None else SharedPast(self.past_keys, self.past_values, self._grouping)
+        )
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """The prompt's columns, then the completion's: each (b, H, P + C, D)."""
+        """The prompt's columns, then the completion's: each (b, H, P + C, D). With a ``past`` the latter alone."""
+        past = self.past
+        if past is not None:
+            return (keys, values) if host_kernels.installed() else past.before(keys, values)
         return (
             mx.concatenate([self.past_keys, keys], axis=2),
             mx.concatenate([self.past_values, values], axis=2),
@@ -132,7 +155,12 @@ class PromptSharing:
         beyond = [w for w in windows if w > _SHORT_WINDOW]
         return Ability(True, self._agrees([longest, 1]), min(beyond, default=None))
 
-    def _agrees(self, lengths: list[int]) -> bool:
+    @cached_property
+    def takes_groups(self) -> bool:
+        """Whether attention can read a prompt once for all its rows. To be asked where ``host_math`` is usable."""
+        return self._agrees([4, 4], Grouping(np.arange(2), 2))
+
+    def _agrees(self, lengths: list[int], grouping: Grouping | None = None) -> bool:
         """Whether two prompts of these lengths, continued by three tokens, come out as from a plain forward."""
         width, continued = max(lengths), 3
         tokens = (np.arange(2 * (width + continued)).reshape(2, -1) * 7 + 1) % 5
@@ -140,8 +168,7 @@ class PromptSharing:
         prompts = np.where(np.arange(width) < np.array(lengths)[:, None], tokens[:, :width], 0)
         try:
             self._hidden(mx.array(prompts), cache=keys)
-            rows = mx.array([0, 1])
-            caches = [ContinuedKeys(k, rows, np.array(lengths)) for k in keys]
+            caches = [ContinuedKeys(k, np.arange(2), np.array(lengths), grouping) for k in keys]
             following = mx.array(tokens[:, width:])
             shared = self._hidden(following, cache=caches).astype(mx.float32)  # (2, 3, D)
             plain = [

@@ -266,6 +266,7 @@ def test_each_prompt_of_a_group_is_computed_once(monkeypatch: pytest.MonkeyPatch
         return forward(self, inputs, *args, **kwargs)
 
     trunk = find_trunk(model)
+    prefix_cache.cache_for(model, trunk, {mx.float32})  # tried out before anybody counts
     monkeypatch.setattr(inner, "__call__", spied)
     uniforms = np.stack([uniforms_for(0, 0, name, 0, 4) for name in range(9)])
     prompts = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]

@@ -1,4 +1,4 @@
-"""Where one update follows a batch, the critic learns with the forward that tells its values: the same step, cheaper."""
+"""Where one update follows, the critic learns with the forward that tells its values: the same step, cheaper."""
 
 from __future__ import annotations
 

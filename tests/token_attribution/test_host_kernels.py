@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import activations, llama
 
-from token_attribution import host_kernels, host_math
+from token_attribution import host_attention, host_math
 from token_attribution.host_kernels import attention, fast_kernels, silu, swiglu
 
 on_host = pytest.mark.skipif(not host_math.usable(), reason="MLX does not compute on the CPU, or it compiles")
@@ -222,7 +222,7 @@ def test_what_is_not_plain_float32_goes_to_mlx(monkeypatch: pytest.MonkeyPatch, 
         asked.append(options)
         return OWN[0](*arrays, **options)
 
-    monkeypatch.setattr(host_kernels, "_own_attention", own)
+    monkeypatch.setattr(host_attention, "own_attention", own)
     q, k, v = (single(draw(1, 2, 4, 8, seed=i)) for i in range(3))
     options: dict[str, Any] = {"scale": 0.5, "mask": "causal"}
     if kind in ("bfloat16", "float16"):

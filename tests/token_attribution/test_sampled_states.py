@@ -168,6 +168,7 @@ class _Always:
 
     def __init__(self, *, ragged: bool) -> None:
         self.ability = Ability(even=True, ragged=ragged)
+        self.takes_groups = False
 
     def new_keys(self) -> list[Any]:
         return []
