@@ -21,7 +21,10 @@ from reward_kl.kl_divergence import FixedKLController, kl_per_token
 from reward_kl.reward_computer import token_rewards, whiten_rewards
 from rewards.composition import RewardSet, ScoredBatch
 from token_attribution.extractor import extract
+from token_attribution.logprob_computer import read_states
 from token_attribution.masking import masked_mean, masked_sum, masked_var
+from token_attribution.sampled_states import SampledStates
+from token_attribution.trunk import Trunk
 from token_attribution.vocabulary import Wanted
 from training.value_loss import explained_variance
 
@@ -33,6 +36,7 @@ class PolicyPass(NamedTuple):
     entropy: mx.array | None
     kl: mx.array | None  # exact, to the reference
     values: mx.array | None  # of a critic on the policy's trunk
+    ref_logprobs: mx.array | None  # where the exact KL needed the reference's states anyway
 
 
 Part = TypeVar("Part", mx.array, PolicyPass)
@@ -86,7 +90,9 @@ class ExperienceMaker:
         scores = self.shaper.shape(raw, rollouts)
 
         trainer = None if self._skips_old_pass(single_update) else self._in_batches(self._policy_pass, batch)
-        ref = self._in_batches(self._ref_logprobs, batch) if self.reference is not None else None
+        ref = trainer.ref_logprobs if trainer is not None else None
+        if self.reference is not None and ref is None:
+            ref = self._in_batches(self._ref_logprobs, batch)
         kl = self._kl_penalty(trainer, ref, batch.mask)
         rewards = token_rewards(
             mx.where(mx.isnan(scores), 0.0, scores), kl, batch.mask, self.kl_controller.value
@@ -139,7 +145,7 @@ class ExperienceMaker:
     def _policy_pass(self, tokens: mx.array, mask: mx.array) -> PolicyPass:
         """All that anybody wants of the policy before its update, from one forward."""
         full_kl = self.config.kl_placement == "reward" and self.config.kl_estimator == "full"
-        read, _, states = self.policy.read(
+        read, _, states, theirs = self.policy.read(
             tokens,
             mask,
             self.config.temperature,
@@ -152,7 +158,12 @@ class ExperienceMaker:
             states.back_in_place(read.entropy) if read.entropy is not None else None,
             states.back_in_place(read.kl) if read.kl is not None else None,
             self.value.at_sampled(states) if shares and self.value is not None else None,
+            self._logprobs_of(theirs, tokens) if theirs is not None else None,
         )
+
+    def _logprobs_of(self, model: tuple[SampledStates, Trunk], tokens: mx.array) -> mx.array:
+        states, trunk = model
+        return states.back_in_place(read_states(states, trunk, tokens, self.config.temperature).logprobs)
 
     def _ref_logprobs(self, tokens: mx.array, mask: mx.array) -> mx.array:
         assert self.reference is not None

@@ -152,7 +152,7 @@ class PolicyObjective:
 
     def _forward(self, part: Experience) -> tuple[TokenStatistics, mx.array | None, SampledStates]:
         """Logprobs and entropies, the exact KL (B, T) if the loss has it, and the states, all from one forward."""
-        read, _, states = self.policy.read(
+        read, _, states, _ = self.policy.read(
             part.tokens,
             part.mask,
             self.config.temperature,

@@ -45,7 +45,7 @@ def full_kl(
     Returns:
         (B, T) float32; exactly 0, with a gradient of exactly 0, where the mask is False.
     """
-    reading, _, states = read_tokens(
+    reading, _, states, _ = read_tokens(
         model, tokens, mask, temperature, trunk=trunk, wanted=_KL_ALONE, reference=(ref_model, ref_trunk)
     )
     assert reading.kl is not None

@@ -119,7 +119,7 @@ def token_statistics(
         for_gradient: a backward pass will follow. Only speed depends on it.
     """
     wanted = Wanted(entropy or entropy_gradient, entropy_gradient)
-    found, _, states = read_tokens(
+    found, _, states, _ = read_tokens(
         model, tokens, mask, temperature, trunk=trunk, wanted=wanted, for_gradient=for_gradient
     )
     return TokenStatistics(
@@ -134,6 +134,7 @@ class TokenReading(NamedTuple):
     reading: Reading  # (N,) each
     trunk: Trunk
     states: SampledStates
+    reference: tuple[SampledStates, Trunk] | None  # the other model's, without gradient, if it was there
 
 
 def read_tokens(
@@ -155,13 +156,16 @@ def read_tokens(
     halves = halves_of(model, trunk)
     states = sampled_states(halves, tokens, mask)
     theirs: Reference | None = None
+    other: tuple[SampledStates, Trunk] | None = None
     if reference is not None:
-        other = halves_of(*reference)
-        theirs = Reference(mx.stop_gradient(sampled_states(other, tokens, mask).rows), other.head)
+        their_halves = halves_of(*reference)
+        their_states = sampled_states(their_halves, tokens, mask)
+        their_states = their_states._replace(rows=mx.stop_gradient(their_states.rows))
+        theirs, other = Reference(their_states.rows, their_halves.head), (their_states, their_halves)
     reading = read_states(
         states, halves, tokens, temperature, wanted=wanted, reference=theirs, for_gradient=for_gradient
     )
-    return TokenReading(reading, halves, states)
+    return TokenReading(reading, halves, states, other)
 
 
 def read_states(

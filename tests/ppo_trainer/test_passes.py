@@ -164,13 +164,18 @@ def test_the_exact_kl_of_the_loss_needs_one_pass_of_each_model(
     assert during == {"policy": 1, "reference": 1}
 
 
-@pytest.mark.xfail(strict=True, reason="the reference runs for its logprobs, and again beside the policy")
 def test_the_exact_kl_of_the_reward_needs_one_pass_of_each_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"kl_coef": 0.1, "kl_placement": "reward", "kl_estimator": "full"}
-    _, before = Observed(tmp_path, monkeypatch, "grpo", **options).experience()
+    observed = Observed(tmp_path, monkeypatch, "grpo", **options)
+    made, before = observed.experience()
     assert before == {"policy": 1, "reference": 1}
+    reference = observed.trainer.reference
+    assert reference is not None
+    assert made.ref_logprobs is not None
+    alone = reference.logprobs(made.tokens, made.mask, observed.trainer.config.temperature)
+    np.testing.assert_allclose(np.array(made.ref_logprobs), np.array(alone), atol=1e-6)
 
 
 def test_what_was_not_computed_is_not_in_the_experience(
