@@ -54,11 +54,11 @@ def complete(
         One :class:`Completion` per row, in the order of ``rows``.
     """
     _check(sampling, uniforms, len(rows), max_new_tokens, max_rows)
-    places = max_rows or max(1, len(rows))
+    places = max(1, min(max_rows or len(rows), len(rows)))
     tails = [prompts[prompt] for prompt in rows]
 
     def new_sampler(vocabulary: int) -> HostSampler | DeviceSampler:
-        much = device_kind() == "cpu" and min(places, len(rows)) * vocabulary > _FEW_LOGITS
+        much = device_kind() == "cpu" and places * vocabulary > _FEW_LOGITS
         kind = HostSampler if (much if on_host is None else on_host) else DeviceSampler
         return kind(sampling, tails, vocabulary, uniforms)
 
