@@ -296,7 +296,8 @@ def predict(
     logits, head_gradient = _head(arch, options, sampled, device)
     gradient_pass = {
         "activations": keeps,
-        "logits": logits,
+        # With checkpointing the one block is computed again when the vocabulary has been left behind.
+        "logits": 0 if options.gradient_checkpointing and device == "cpu" and lora else logits,
         # The sum so far, and this micro-batch's own while its graph is still there. The head's comes first.
         "gradients": (gradients if several else 0) + head_gradient,
     }
@@ -307,7 +308,7 @@ def predict(
     read = options.micro_batch_size or every_row  # without gradient, minibatches do not matter
     scored = _passes(read, _prompts_of(read, options), prompt, options.max_new_tokens, device)
     phases = {
-        "rollouts": _rollouts(arch, options, min(every_row, options.rollout_batch_size), prompt),
+        "rollouts": _rollouts(arch, options, min(every_row, options.rollout_batch_size), prompt, device),
         "scoring": _scoring(arch, scored, read * options.max_new_tokens),
         "gradient pass": max((gradient_pass, backward), key=lambda parts: sum(parts.values())),
         "update": {"gradients": gradients, "part being updated": _update_room(trained, options)},
@@ -396,8 +397,8 @@ def _kept(arch: Architecture, options: PPOConfig, passes: list[_Pass], device: s
         # What each block starts from, the keys that completions share, and all of the one block computed again.
         between = arch.layers * sum((arch.hidden + 2 * arch.keys) * one.tokens for one in passes)
         block = _everything(arch, options, passes) // arch.layers
-        if device == "cpu":  # with the gradients of all of it, which stay as well
-            return 4 * between * FLOAT32 + round(WITH_BACKWARD[options.fine_tune_type] * block)
+        if device == "cpu":  # with the gradients of the block, which stay as well
+            return between * FLOAT32 + round(WITH_BACKWARD[options.fine_tune_type] * block)
         return between * arch.small_bytes + block
     if device == "cpu":
         return round(WITH_BACKWARD[options.fine_tune_type] * _everything(arch, options, passes))
@@ -459,10 +460,14 @@ def _head(arch: Architecture, options: PPOConfig, sampled: int, device: str) -> 
     return copies * rows * arch.vocabulary * FLOAT32, arch.embedding * FLOAT32 * min(chunks, 2) * full
 
 
-def _rollouts(arch: Architecture, options: PPOConfig, rows: int, prompt: int) -> dict[str, int]:
+def _rollouts(
+    arch: Architecture, options: PPOConfig, rows: int, prompt: int, device: str
+) -> dict[str, int]:
     """The prompts' pass; keys and values of all rows, one layer's twice while it grows; what is sampled from."""
     prompts = _Pass(min(options.batch_size, rows), prompt, prompt)
-    cache = 2 * arch.keys * rows * (prompt + options.max_new_tokens) * arch.small_bytes
+    shared = device == "cpu" and arch.small_bytes == FLOAT32  # models.prefix_cache.SharedCache
+    columns = prompts.rows * prompt if shared else rows * prompt
+    cache = 2 * arch.keys * (columns + rows * options.max_new_tokens) * arch.small_bytes
     return {
         "activations": _one_block(arch, prompts)
         + 2 * arch.keys * prompts.tokens * arch.layers * arch.small_bytes,
