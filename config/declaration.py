@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Self, TypeVar, dataclass_transform
+from typing import Annotated, Any, Self, TypeVar, dataclass_transform, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -80,7 +80,10 @@ def _problems(error: ValidationError, cls: type) -> list[tuple[str, str]]:
         path = [str(part) for part in problem["loc"]]
         field = path[0] if path else ""
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            problems.append((field, f'{cls.__name__} has no field "{path[-1]}"{nearest(path[-1], names)}'))
+            inner = get_type_hints(cls).get(field) if len(path) > 1 else None  # of a config within the config
+            valid = [f.name for f in dataclasses.fields(inner)] if dataclasses.is_dataclass(inner) else names
+            where = cls.__name__ if inner is None else field
+            problems.append((field, f'{where} has no field "{path[-1]}"{nearest(path[-1], valid)}'))
             continue
         if problem["type"] == "value_error":  # a sentence of our own
             reason = str(problem["ctx"]["error"])

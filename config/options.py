@@ -88,7 +88,8 @@ class Option:
         if self.base is bool:
             return BOOLEANS.get(word.lower(), text)
         if self.base is list and not word.startswith(("[", "{")):
-            return [_number_or_text(part.strip()) for part in word.split(",") if part.strip()]
+            parts = [part.strip() for part in word.split(",") if part.strip()]
+            return [_number_or_text(part) for part in parts] if self.element is float else parts
         if self.is_nested or self.base is list:
             try:
                 return json.loads(word)
@@ -102,11 +103,17 @@ class Option:
         return None if word and self.optional and value not in self.choices else value
 
 
-@functools.cache
 def options_of(cls: type[Declaration]) -> dict[str, Option]:
     """Every option of ``cls`` by name, section by section, in the order in which they are declared."""
+    read: Any = _options  # mypy takes a dataclass's class for as unhashable as its instances
+    found: dict[str, Option] = read(cls)
+    return found
+
+
+@functools.cache
+def _options(cls: Any) -> dict[str, Option]:
     hints = get_type_hints(cls, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     found = {}
     for owner in reversed(cls.__mro__):
         section = owner.__name__.removesuffix("Config").lower()
@@ -141,6 +148,7 @@ def _type_of(hint: Any) -> dict[str, Any]:
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     arguments = get_args(kind)
     element = arguments[0] if get_origin(kind) is list and arguments else None
+    element = get_args(element)[0] if get_origin(element) is Annotated else element
     base = type(choices[0]) if choices else (get_origin(kind) or kind)
     return {"base": base, "element": element, "choices": choices, "limits": limits, "optional": optional}
 
