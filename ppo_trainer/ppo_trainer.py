@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class PPOTrainer:
     Args:
         config: see ``PPOConfig``; fields that nobody set take the algorithm's own defaults.
         reward_model: a callable ``f(prompts, completions, **columns) -> list[float]``, a list of them, a
-            mapping from reward to weight, a registered name, or a ``RewardModel``. None: the reference-free
-            default of ``rewards/default_reward.py``.
+            mapping from reward to weight, a registered name, or a ``RewardModel``. None: ``config.rewards``, and
+            without those the reference-free default of ``rewards/default_reward.py``.
         model: a base model that is loaded already, in place of ``config.model_name``.
         tokenizer: in place of the model's own.
         policy, value_model, reference: built already, in place of what config asks for.
@@ -98,6 +99,8 @@ class PPOTrainer:
         self.algorithm = algorithm or find_algorithm(config.algorithm)
         self.config = config = resolve_config(config, self.algorithm)
         # Everything that can be refused is refused before a weight is loaded.
+        if reward_model is None:
+            reward_model = config.rewards
         if reward_model is None:
             print(
                 "reward: none given, so answers are judged by form alone: not empty, not repetitive, not cut off "
@@ -175,9 +178,9 @@ class PPOTrainer:
     # -- The loop -------------------------------------------------------------------------------------
 
     def train(
-        self, prompts: Sequence[Any], num_epochs: int = 10, callbacks: Iterable[Callback] = ()
+        self, prompts: Sequence[Any], num_epochs: int | None = None, callbacks: Iterable[Callback] = ()
     ) -> dict[str, Any]:
-        """Train on ``prompts`` for ``num_epochs`` passes.
+        """Train on ``prompts`` for ``num_epochs`` passes; None = as config says, in passes or in steps.
 
         Called again, it goes on with the weights, counters and run folder of the last time, and with fresh
         optimisers.
@@ -194,10 +197,7 @@ class PPOTrainer:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
         prepared = self._reserve = self._prepare(prompts)
-        if not isinstance(num_epochs, int) or num_epochs < 1:
-            raise InvalidConfigurationError(
-                f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
-            )
+        num_epochs, num_steps = self._planned(num_epochs, -(-len(prepared) // self.config.batch_size))
         folder = self._open_run()
         recorder = self._recorder or RunRecorder(
             folder, self.config.log_samples_every, self.config.max_logged_samples
@@ -205,12 +205,14 @@ class PPOTrainer:
         self._recorder = recorder
         printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
         told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
-        self._updater = self._build_updater(num_epochs * -(-len(prepared) // self.config.batch_size))
+        self._updater = self._build_updater(num_steps)
         history: list[dict[str, Any]] = []
+        started = self.step
         with self._keeping_what_was_earned(folder):
             told("on_train_begin", self)
             for epoch in range(num_epochs):
-                steps = [self._train_step(batch, epoch, told) for batch in self._batches(prepared, told)]
+                batches = islice(self._batches(prepared, told), num_steps - self.step + started)
+                steps = [self._train_step(batch, epoch, told) for batch in batches]
                 history.append(_epoch_metrics(epoch, steps))
                 told("on_epoch_end", epoch, history[-1])
                 if told.stop_requested:
@@ -219,6 +221,17 @@ class PPOTrainer:
             result = {**history[-1], "history": history, "run_folder": str(folder)}
             told("on_train_end", result)
         return result
+
+    def _planned(self, num_epochs: int | None, batches: int) -> tuple[int, int]:
+        """Epochs, the last one perhaps cut short, and steps of a run with so many batches in an epoch."""
+        if num_epochs is None and self.config.num_steps is not None:
+            return -(-self.config.num_steps // batches), self.config.num_steps
+        num_epochs = self.config.num_epochs if num_epochs is None else num_epochs
+        if not isinstance(num_epochs, int) or num_epochs < 1:
+            raise InvalidConfigurationError(
+                f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
+            )
+        return num_epochs, num_epochs * batches
 
     def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
         """One batch of rollouts, from sampling to the last of its updates."""
