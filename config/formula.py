@@ -1,7 +1,7 @@
 """What a resolved config trains, written down: scores, rewards, advantage, ratio, loss, in the signs of
 ``docs/algorithms.md``.
 
-    π policy   π_old before the batch's first update   μ what sampled   π_ref reference   s score   y completion of n tokens
+    π policy   π_old before the batch's first update   μ what sampled   π_ref reference   s score   y of n tokens
     d = log π − log π_ref   k1 = d   k2 = d²/2   k3 = exp(−d) − 1 + d   B completions   g group of one prompt
 """
 

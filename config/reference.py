@@ -28,7 +28,7 @@ values come from, each one winning over those before it:
 | the command line | `--learning-rate 1e-5`, `--learning_rate 1e-5`, `--set learning_rate=1e-5` |
 
 Headings in a file are for its readers: every name is unique, so a setting means the same under any heading or none.
-`none` (in TOML the text `"none"`) stands for no value. In YAML `1e-5` is a number, and `yes`, `no` and `12:30` are text.
+`none` (in TOML the text `"none"`) stands for no value. In YAML `1e-5` is a number; `yes`, `no` and `12:30` are text.
 A name that does not exist, a key given twice, a value of the wrong type or out of range are refused in a sentence with
 file and line. `main.py explain` prints the result: every value, where it came from, and the formula that it trains.
 
@@ -105,7 +105,7 @@ def _presets() -> str:
     lines = [
         "## Presets",
         "",
-        "Files of `config/presets`; each says at its head what it needs and what was measured.",
+        "Files of `config/presets`; each says at its head what it needs and what to expect.",
         "",
     ]
     for name in preset_names():
@@ -118,10 +118,10 @@ def _older() -> str:
     lines = [
         "## Names of older systems",
         "",
-        "A file of one of these systems is recognised by its names (`--from SYSTEM` says it, for files and flags) and",
-        "translated; what is done differently or is not there is said when it is read, and with `--strict` a setting that",
-        "would change what is trained is an error. What such a file does not give takes that system's own default, where",
-        "it has a preset. Names that are ours too are left out here.",
+        "A file of one of these systems is recognised by its names (`--from SYSTEM` says it, for files and flags)",
+        "and translated; what is done differently or is not there is said when it is read, and with `--strict` a",
+        "setting that would change what is trained is an error. What such a file does not give takes that system's",
+        "own default, where it has a preset. Names that are ours too, with our meaning, are left out here.",
         "",
     ]
     for system in SYSTEMS.values():
@@ -134,12 +134,12 @@ def _older() -> str:
             "| theirs | ours |",
             "|---|---|",
         ]
+        rows: dict[str, list[str]] = {}
         for name, meaning in system.settings.items():
-            if isinstance(meaning, Renamed):
-                ours = f"`{meaning.ours}`" + (f"; {meaning.say}" if meaning.say else "")
-            else:
-                ours = meaning.summary
-            lines.append(f"| `{name}` | {ours} |")
+            ours = f"`{meaning.ours}`" if isinstance(meaning, Renamed) else meaning.summary
+            said = f"; {meaning.say}" if isinstance(meaning, Renamed) and meaning.say else ""
+            rows.setdefault(ours + said, []).append(f"`{name}`")
+        lines += [f"| {', '.join(names)} | {ours} |" for ours, names in rows.items()]
         lines.append("")
     return "\n".join(lines)
 

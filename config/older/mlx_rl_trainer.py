@@ -227,7 +227,7 @@ SYSTEM = System(
         ),
         (
             ("lora_target_modules",),
-            Ignored("adapters are put on every linear layer of a block"),
+            Missing("adapters are put on every linear layer of a block, whatever is listed"),
         ),
         # generation
         (BIASES, Missing("biases on tags and phrases while sampling are not available yet; none is added")),

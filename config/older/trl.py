@@ -117,9 +117,12 @@ TRL = System(
         (("logging_steps", "log_completions"), ALWAYS_LOGGED),
         (("save_steps", "save_strategy", "save_total_limit"), NO_CHECKPOINTS),
         (("eval_steps", "eval_strategy"), NO_EVALUATION),
-        (("use_vllm", "vllm_mode", "bf16", "torch_compile", "dataloader_num_workers"), NO_SWITCH),
+        (("use_vllm", "vllm_mode", "torch_compile", "dataloader_num_workers"), NO_SWITCH),
         (("use_peft",), Ignored("fine_tune_type says it")),
-        ("lora_target_modules", Ignored("adapters are put on every linear layer of a block")),
+        (
+            "lora_target_modules",
+            Missing("adapters are put on every linear layer of a block, whatever is listed"),
+        ),
     ),
 )
 
