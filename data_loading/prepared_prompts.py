@@ -32,7 +32,8 @@ class PreparedPrompts(Sequence[Prompt]):
     Reading, which may wait for a disk, is what ``batches`` leaves to another thread.
 
     Attributes:
-        cut: prompts of which only the last ``max_prompt_length`` tokens are left. dropped: prompts left out.
+        cut: prompts of which only the last ``max_prompt_length`` tokens are left. dropped: prompts left out as
+            too long. problems: a sentence for each that was left out because it cannot be used.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PreparedPrompts(Sequence[Prompt]):
         *,
         max_prompt_length: int,
         overflow: Overflow = "error",
+        on_bad_row: Literal["error", "skip"] = "error",
     ) -> None:
         """
         Args:
@@ -53,6 +55,8 @@ class PreparedPrompts(Sequence[Prompt]):
         check_sequence(prompts)
         self._tokenizer, self._rows = tokenizer, prompts
         self._limit, self._overflow = max_prompt_length, overflow
+        self._skips = on_bad_row == "skip"
+        self.problems: list[str] = []
         self._kept: dict[int, Prompt] | None = None if isinstance(prompts, (Rows, TokenRows)) else {}
         lengths = self._lengths()
         too_long = np.flatnonzero(lengths > max_prompt_length)
@@ -61,21 +65,28 @@ class PreparedPrompts(Sequence[Prompt]):
             check_length(int(lengths[first]), self._place(first), max_prompt_length)
         self.cut = len(too_long) if overflow == "keep_end" else 0
         self.dropped = len(too_long) if overflow == "drop" else 0
-        fitting = np.arange(len(lengths))
-        self._indices = np.delete(fitting, too_long) if overflow == "drop" else fitting
+        usable = lengths > 0
+        if overflow == "drop":
+            usable[too_long] = False
+        self._indices = np.flatnonzero(usable)
         if not len(self._indices):
-            raise DataLoadError(
-                f"prompts: all {len(lengths)} are longer than max_prompt_length ({max_prompt_length} tokens); raise it"
-            )
+            reason = self.problems[0] if self.problems else f"all have more than {max_prompt_length} tokens"
+            raise DataLoadError(f"prompts: none of {len(lengths)} can be used ({reason})")
 
     def _lengths(self) -> np.ndarray:
-        """(N,) tokens of every prompt; each is encoded, and so checked, unless its tokens are known."""
+        """(N,) tokens of every prompt, 0 for one that is left out; each is encoded unless its tokens are known."""
         if isinstance(self._rows, TokenRows):
             self._rows.check_tokenizer(fingerprint(self._tokenizer), len(self._tokenizer))
             return self._rows.prompt_lengths
         lengths = np.zeros(len(self._rows), dtype=np.int64)
         for index, row in enumerate(self._rows):
-            prompt = self._encode(index, row)
+            try:
+                prompt = self._encode(index, row)
+            except DataLoadError as error:
+                if not self._skips:
+                    raise
+                self.problems.append(str(error))
+                continue
             lengths[index] = len(prompt.ids)
             if self._overflow == "error":  # a million rows need not be read to refuse the first
                 check_length(len(prompt.ids), self._place(index), self._limit)
@@ -122,14 +133,18 @@ class PreparedPrompts(Sequence[Prompt]):
                 yield [self._shortened(self._encode(index, row)) for index, row in rows]
 
     def __str__(self) -> str:
-        """What became of prompts that were too long; empty where none was."""
-        total = len(self._indices) + self.dropped
+        """What became of prompts that do not fit; empty where all do."""
+        total, sentences = len(self._rows), []
         over = f"of {total} prompts have more than {self._limit} tokens (max_prompt_length)"
         if self.cut:
-            return f"{self.cut} {over}: their last {self._limit} were kept"
+            sentences.append(f"{self.cut} {over}: their last {self._limit} were kept")
         if self.dropped:
-            return f"{self.dropped} {over}: they were left out"
-        return ""
+            sentences.append(f"{self.dropped} {over}: they were left out")
+        if self.problems:
+            sentences.append(
+                f"{len(self.problems)} of {total} prompts cannot be used and were left out; first: {self.problems[0]}"
+            )
+        return "\n".join(sentences)
 
 
 class Reordered(Sequence[Item]):

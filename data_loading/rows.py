@@ -25,8 +25,8 @@ class Report:
     Attributes:
         rows: rows in the file, blank lines apart. used: rows for the trainer that came of them.
         filtered: left out by filter_keywords. skipped: left out because they cannot be used.
-        bad_places: where each of the skipped rows is. problems: the first sentences about them.
-        not_drawn: left out by max_samples.
+        bad_records: number of each skipped record; ``Source.place`` has its line. problems: sentences about the first.
+        not_drawn: left out by max_samples. set_aside: for validation.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Report:
     filtered: int = 0
     skipped: int = 0
     not_drawn: int = 0
+    set_aside: int = 0
     problems: list[str] = field(default_factory=list)
     bad_records: array[int] = field(default_factory=lambda: array("q"))
 
@@ -44,6 +45,7 @@ class Report:
         for count, what in (
             (self.filtered, "left out by filter_keywords"),
             (self.not_drawn, "left out by max_samples"),
+            (self.set_aside, "set aside for validation"),
             (self.skipped, "bad and skipped"),
         ):
             if count:
@@ -127,8 +129,8 @@ class Scan:
         self._words = [word.casefold() for word in config.filter_keywords or ()]
         self._index = array("q"), array("q"), array("Q")
 
-    def __iter__(self) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:
-        """Each usable record with the rows that it becomes."""
+    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any], list[Row]]]:
+        """Each usable record, by number and fields, with the rows that it becomes."""
         for number, fields, problem in self.source.scan():
             self.report.rows += 1
             if fields is not None and self._words and _mentions(fields, self._words):
@@ -139,14 +141,14 @@ class Scan:
                     raise BadRowError(problem)
                 rows = self.convert(fields)
             except BadRowError as error:
-                self._bad(number, str(error))
+                self.bad(number, str(error))
                 continue
             key = prompt_key(rows[0])
             for part in range(len(rows)):
                 for values, value in zip(self._index, (number, part, key), strict=True):
                     values.append(value)
             self.report.used += len(rows)
-            yield fields, rows
+            yield number, fields, rows
 
     def convert(self, fields: Mapping[str, Any]) -> list[Row]:
         """A record's rows. The first usable record fixes the schema for all."""
@@ -161,7 +163,8 @@ class Scan:
         self.schema, self.report.schema = schema, schema.name
         return rows
 
-    def _bad(self, number: int, reason: str) -> None:
+    def bad(self, number: int, reason: str) -> None:
+        """Count a record that cannot be used, or refuse the file for it."""
         sentence = f"{self.source.place(number)}: {reason}"
         if not self.skips:
             raise DataLoadError(f'{sentence} (on_bad_row="skip" leaves such rows out)')

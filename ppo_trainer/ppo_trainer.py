@@ -367,6 +367,7 @@ class PPOTrainer:
             prompts,
             max_prompt_length=self.config.max_prompt_length,
             overflow=self.config.prompt_overflow,
+            on_bad_row=self.config.on_bad_row,
         )
         if str(prepared):
             print(prepared)  # what was cut or left out is never silent, whatever verbose says
