@@ -16,7 +16,7 @@ from config.errors import DataLoadError
 from config.training_config import TrainingConfig
 from data_loading.histogram import histogram
 from data_loading.loading import SPLIT_FILES, open_source, split_file
-from data_loading.normalising import repeated, shared, text_key
+from data_loading.normalising import prompt_key, repeated, shared, text_key
 from data_loading.rows import Report, Scan
 from data_loading.schemas import LOADERS, Row
 from data_loading.token_files import TokenFiles, prefix_of
@@ -153,7 +153,7 @@ def _check(path: Path, config: DataConfig, tokenizer: Any) -> CheckReport:
     scan = Scan(open_source(path), config, None, keep_bad=True)
     lengths: dict[str, array[int]] = {name: array("q") for name in TEXTS}
     columns: Counter[str] = Counter()
-    hashes = array("Q")
+    keys, hashes = array("Q"), array("Q")
     for number, fields, rows in scan:
         try:
             counted = [(name, length_of(row, name)) for row in rows for name in TEXTS if row.get(name)]
@@ -164,6 +164,7 @@ def _check(path: Path, config: DataConfig, tokenizer: Any) -> CheckReport:
         for name, length in counted:
             lengths[name].append(length)
         columns.update(map(str, fields))
+        keys.append(prompt_key(rows[0]))
         hashes.append(text_key(repr(fields).encode("utf-8", "surrogatepass")))
     schema = scan.schema
     return CheckReport(
@@ -172,7 +173,7 @@ def _check(path: Path, config: DataConfig, tokenizer: Any) -> CheckReport:
         {name: np.array(values) for name, values in lengths.items() if values},
         dict(columns),
         tuple(LOADERS[use] for use in schema.uses) if schema is not None else (),
-        scan.rows().keys,
+        np.array(keys),
         repeated(np.array(hashes)),
         longest_prompt=_limit(config) if tokenizer is not None else None,
     )

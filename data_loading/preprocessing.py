@@ -18,7 +18,7 @@ from config.errors import DataLoadError
 from config.training_config import TrainingConfig
 from data_loading.json_text import to_json
 from data_loading.loading import load_data
-from data_loading.prepared_prompts import PreparedPrompts
+from data_loading.prepared_prompts import Fitting
 from data_loading.rows import Rows
 from data_loading.schemas import Kind
 from data_loading.token_rows import TokenRows
@@ -133,15 +133,11 @@ def _encoded(
                 raise DataLoadError(f"{rows.place(index)}: {error}") from error
             yield ids, completion[:-1], {}
         return
-    prompts = PreparedPrompts(
-        tokenizer,
-        rows,
-        max_prompt_length=config.max_prompt_length,
-        overflow=config.prompt_overflow,
-        on_bad_row=config.on_bad_row,
-    )
-    notes += [str(prompts)] if str(prompts) else []
-    for prompt in prompts:
+    fitting = Fitting(config.max_prompt_length, config.prompt_overflow, config.on_bad_row)
+    for index, row in enumerate(rows):
+        prompt = fitting.encode(tokenizer, index, row, rows.place(index))
+        if prompt is None:
+            continue
         columns = dict(prompt.columns)
         answer = columns.get("completion")
         if isinstance(answer, str):
@@ -149,3 +145,4 @@ def _encoded(
             yield prompt.ids, encode(tokenizer, answer), columns
         else:
             yield prompt.ids, None, columns
+    notes += [str(fitting)] if str(fitting) else []
