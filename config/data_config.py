@@ -27,7 +27,8 @@ class DataConfig(Declaration):
         meaning="Validation rows, in any of the forms of train_path; a folder's valid.jsonl is its own.",
     )
     dataset_name: str | None = option(
-        default=None, meaning="A data set on the Hugging Face Hub, or a folder that `datasets` reads."
+        default=None,
+        meaning="A data set on the Hugging Face Hub, or a folder that `datasets` reads; used where train_path is none.",
     )
     dataset_config: str | None = option(
         default=None, meaning="Which configuration of it, where it has several."
