@@ -12,7 +12,8 @@ from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Prompt, Rollout
 from models.policy_model import FrozenPolicy
 from ppo_trainer.generator import Generator
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch
 from token_attribution.extractor import extract
 
 #: Evaluation has random numbers of its own, so it never disturbs or repeats those of training steps.

@@ -19,7 +19,8 @@ from ppo_trainer.evaluator import length_metrics, score_metrics
 from ppo_trainer.score_shaper import ScoreShaper
 from reward_kl.kl_divergence import FixedKLController, kl_per_token
 from reward_kl.reward_computer import token_rewards, whiten_rewards
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch
 from token_attribution.extractor import extract
 from token_attribution.masking import masked_mean, masked_sum, masked_var
 from token_attribution.vocabulary import Wanted

@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from config.errors import InvalidConfigurationError
 from experience_buffer.data_structures import Rollout
 from models.reward_model import RewardModel
-from rewards.composition import RewardSet, ScoredBatch, joined
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch, joined
 
 
 class GroupScorer:

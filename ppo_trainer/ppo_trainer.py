@@ -56,7 +56,8 @@ from ppo_trainer.reference import build_reference, check_reference_path, describ
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch
 
 
 class PPOTrainer:
