@@ -17,7 +17,19 @@ from config.errors import DataLoadError, ModelLoadError
 from experience_buffer.data_structures import Prompt
 
 #: What every reward is offered besides the fields of the prompts' rows.
-RESERVED_COLUMNS = frozenset({"self", "prompts", "completions", "prompt_ids", "completion_ids", "terminated"})
+RESERVED_COLUMNS = frozenset(
+    {
+        "self",
+        "prompts",
+        "completions",
+        "prompt_ids",
+        "completion_ids",
+        "terminated",
+        "log_extra",
+        "log_metric",
+        "trainer_state",
+    }
+)
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -134,10 +146,12 @@ def _prepare(tokenizer: TokenizerWrapper, index: int, row: Any, limit: int) -> P
                 "anyway; rename it"
             )
         row = row["prompt"]
+    messages: tuple[Mapping[str, Any], ...] | None = None
     if isinstance(row, str):
         text = row
     elif isinstance(row, Sequence) and row and all(isinstance(m, Mapping) and "content" in m for m in row):
         text = "\n".join(str(m["content"]) for m in row)
+        messages = tuple(row)
     else:
         raise DataLoadError(
             f"prompts[{index}]: a string or a list of chat messages is expected, found {type(row).__name__}"
@@ -157,4 +171,4 @@ def _prepare(tokenizer: TokenizerWrapper, index: int, row: Any, limit: int) -> P
             f"prompts[{index}]: {len(ids)} tokens, but max_prompt_length is {limit}; "
             "shorten the prompt or raise the limit"
         )
-    return Prompt(index=index, text=text, ids=tuple(ids), columns=columns)
+    return Prompt(index=index, text=text, ids=tuple(ids), columns=columns, messages=messages)

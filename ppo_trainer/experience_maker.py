@@ -121,7 +121,9 @@ class ExperienceMaker:
         if trainer is not None and ref is not None and bool(mx.any(batch.mask)):
             k1 = kl_per_token(trainer.logprobs, ref, "k1", batch.mask)
         metrics = self._metrics(experience, batch.mask, scores, rewards, k1, group_ids)
-        return experience, {**score_metrics(self.rewards, scored), **length_metrics(rollouts), **metrics}
+        groups = [r.prompt.index for r in rollouts] if self.config.group_size > 1 else None
+        said = score_metrics(self.rewards, scored, groups)
+        return experience, {**said, **length_metrics(rollouts), **metrics}
 
     # -- Passes over the models -----------------------------------------------------------------------
 

@@ -10,7 +10,7 @@
             self.validate_inputs(context)
             return {"reward": float(self.word in context.generated_text), "log": {"words": 1}}
 
-``"log"`` is optional: numbers in it are reported as metrics, everything in it is written beside logged samples.
+``"log"`` is optional: it is written beside logged samples.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ComputeReward:
             scores.append(score)
             logs.append(log)
         if log_extra is not None and any(log is not None for log in logs):
-            log_extra("log", logs)
+            log_extra(f"{self.reward_name} log", logs)
         return scores
 
 
@@ -77,9 +77,15 @@ class BaseReward(ABC):
             if not isinstance(value, str):
                 raise ValueError(f"context.{name} is a {type(value).__name__}; a text is expected")
 
-    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[Any]:
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        prompts: Sequence[Any] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,
+    ) -> list[Any]:
         """One value per completion, as any reward gives it."""
-        return ComputeReward(self)(completions, **columns)
+        return ComputeReward(self)(completions, prompts, log_extra, **columns)
 
 
 def context_of(row: Row) -> RewardContext:

@@ -87,19 +87,22 @@ class RewardSet:
         composition: Composition | None = None,
         timeout: float | None = None,
         on_error: OnError | None = None,
+        resolver: Callable[[Any], Reward] = resolve,
     ) -> RewardSet:
         """From one reward, a list of rewards, or a mapping reward → weight.
 
         A reward is whatever ``registry.resolve`` understands: a callable, a registered name,
         ``"package.module:function"``, ``"file.py:function"``, or an entry ``{"name": one of these strings,
         "weight": 0.5, "config": {its parameters}}``, of which only the name is needed. What is left out keeps its
-        default, or what a ``RewardSet`` already has.
+        default, or what a ``RewardSet`` already has. ``resolver`` stands in for ``registry.resolve``.
         """
         if isinstance(spec, RewardSet):
-            if weights is None and composition is None and timeout is None and on_error is None:
+            rewards = [resolver(reward) for reward in spec.rewards]
+            same = all(new is old for new, old in zip(rewards, spec.rewards, strict=True))
+            if same and (weights, composition, timeout, on_error) == (None, None, None, None):
                 return spec
             return cls(
-                spec.rewards,
+                rewards,
                 spec.weights if weights is None else weights,
                 composition=composition or spec.composition,
                 timeout=spec.timeout if timeout is None else timeout,
@@ -111,7 +114,7 @@ class RewardSet:
                 "Reward weights were given twice, in the mapping and beside it; keep one of the two."
             )
         return cls(
-            [resolve(part) for part in parts],
+            [resolver(part) for part in parts],
             weights if own is None else own,
             composition=composition or "weighted_sum",
             timeout=timeout,

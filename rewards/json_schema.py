@@ -33,6 +33,11 @@ class JsonSchema(RowReward):
     schema: dict[str, Any] | None = option(default=None, meaning="The JSON Schema; none = any JSON.")
     invalid_score: Fraction = option(default=0.5, meaning="What JSON is worth that breaks the schema.")
 
+    def prepare(self) -> None:
+        """Refuse a schema that is none, or the lack of the library that reads it."""
+        if self.schema is not None:
+            _validator(json.dumps(self.schema, sort_keys=True))
+
     def judge(self, row: Row) -> Judgement:
         """Score one completion."""
         answer = self.tags.after_thinking(row.completion)

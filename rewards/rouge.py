@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any, ClassVar, Literal
 
 from config.declaration import PositiveInt, declared, option
@@ -11,6 +12,8 @@ from rewards.registry import register
 from rewards.row_reward import Judgement, Row, RowReward, no_reference
 from rewards.tags import PRESETS, Tags
 from rewards.text_utils import words
+
+NOT_INSTALLED = 'rouge: the library rouge-score is not installed; pip install "mlx-ppo[rewards]" brings it'
 
 
 @register("rouge", "rouge_score", "rougeL")
@@ -34,6 +37,11 @@ class Rouge(RowReward):
     stemmer: bool = option(default=False, meaning="Compare English word stems (Porter).")
     max_words: PositiveInt = option(default=1000, meaning="Words of each text that are read.")
     reference: str | None = option(default=None, meaning="Column of the right answer; none = the usual ones.")
+
+    def prepare(self) -> None:
+        """Refuse where the library is not there."""
+        if importlib.util.find_spec("rouge_score") is None:
+            raise InvalidConfigurationError(NOT_INSTALLED)
 
     def judge(self, row: Row) -> Judgement:
         """Score one completion."""
@@ -71,7 +79,5 @@ def _scorer(variant: str, stemmer: bool, ascii_only: bool) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise InvalidConfigurationError(
-            'rouge: the library rouge-score is not installed; pip install "mlx-ppo[rewards]" brings it'
-        ) from error
+        raise InvalidConfigurationError(NOT_INSTALLED) from error
     return RougeScorer([variant], use_stemmer=stemmer, tokenizer=None if ascii_only else _AnyScript())

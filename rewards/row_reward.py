@@ -104,6 +104,13 @@ class RowReward(Declaration):
         """Score one completion."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Called once where the reward is named: what it needs and does not find is said before a run.
+
+        Raises:
+            InvalidConfigurationError: in a sentence.
+        """
+
     def judge_all(self, rows: Sequence[Row]) -> list[Judgement]:
         """Score a batch; a reward that is faster for many at once overrides it."""
         judgements = []
@@ -125,6 +132,7 @@ def rows_of(
     prompts: Sequence[Any] | None, completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> Iterator[Row]:
     """The rows of a batch, columns given as keyword lists; what is no list counts for every row."""
+    columns = {name: values for name, values in columns.items() if name not in ("log_extra", "log_metric")}
     for number, completion in enumerate(completions):
         own = {
             name: values[number] if isinstance(values, (list, tuple)) else values

@@ -11,6 +11,7 @@ same text twice; so a completion of a hundred thousand tags is read as fast as a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -128,7 +129,7 @@ class TagSet:
             [(place, 1) for place in places(text, self.think_start)]
             + [(place, -1) for place in places(text, self.think_end)]
         )
-        return any(one == 1 and other == 1 for (_, one), (_, other) in zip(marks, marks[1:], strict=False))
+        return any(one == 1 and other == 1 for (_, one), (_, other) in itertools.pairwise(marks))
 
     def opened_by(self, prompt: str) -> bool:
         """Whether the prompt ends with the opening tag, so that the completion begins inside the thinking."""
@@ -154,9 +155,9 @@ def as_tag_set(value: Any) -> TagSet:
     if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
     names = [field.name for field in fields(TagSet)]
-    if isinstance(value, Mapping) and set(value) <= set(names) and {"think_start", "think_end"} <= set(value):
-        if all(isinstance(tag, str) or tag is None for tag in value.values()):
-            return TagSet(**{key: tag or None for key, tag in value.items()})
+    known = isinstance(value, Mapping) and {"think_start", "think_end"} <= set(value) <= set(names)
+    if known and all(isinstance(tag, str) or tag is None for tag in value.values()):
+        return TagSet(**{key: tag or None for key, tag in value.items()})
     raise ValueError(
         f"one of {', '.join(PRESETS)} is expected, or a mapping of {', '.join(names)} to the tags themselves"
     )
