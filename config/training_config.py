@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from config.data_config import DataConfig
 from config.declaration import (
     BelowOne,
-    Declaration,
     Fraction,
     LayerCount,
     NonNegativeFloat,
@@ -21,7 +21,7 @@ from config.model_config import ModelConfig
 
 
 @declared
-class TrainingConfig(Declaration):
+class TrainingConfig(DataConfig):
     """Options of every stage. One declaration is the default, the type, the range and the help."""
 
     # Model
@@ -58,7 +58,7 @@ class TrainingConfig(Declaration):
         meaning="Rows per forward and backward pass; gradients add up to the whole batch's. None = all at once.",
     )
     max_prompt_length: PositiveInt = option(
-        default=512, meaning="Longest prompt, in tokens; longer ones are refused."
+        default=512, meaning="Longest prompt, in tokens; prompt_overflow says what happens to longer ones."
     )
 
     gradient_checkpointing: bool = option(
