@@ -77,9 +77,7 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text not in valid:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is none of {', '.join(valid)}{nearest(text, valid)}"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(valid)}{nearest(text, valid)}")
         return text
 
     return check

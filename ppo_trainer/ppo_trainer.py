@@ -7,7 +7,6 @@ metrics    = update(experience)          epochs of minibatches through the algor
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from base_setup.memory_estimate import read_config, within_memory
 from base_setup.parameters import count_parameters
 from base_setup.tokenizer_setup import check_vocabulary, prepare_prompts
 from config.errors import (
-    CheckpointError,
     InvalidConfigurationError,
     RewardError,
     ToolkitError,
@@ -45,6 +43,7 @@ from models.sft_model import (
 )
 from models.value_model import ValueModel
 from monitoring.recorder import RunRecorder
+from monitoring.run_folder import default_folder, prepare_folder, write_json
 from ppo_trainer.algorithms import Algorithm, find_algorithm
 from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
 from ppo_trainer.dynamic_sampling import check_outcome_reward, collect_live_groups
@@ -121,7 +120,7 @@ class PPOTrainer:
         given = model is not None or policy is not None
         if config.max_memory_gb is not None and not given and Path(config.model_name).expanduser().is_dir():
             within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
-        self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
+        self.run_folder = prepare_folder(config.output_dir) if config.output_dir else None
 
         backend.seed_everything(config.seed)
         base = policy.base if policy is not None else model or load_language_model(config)
@@ -347,7 +346,7 @@ class PPOTrainer:
         self.policy.save(path)
         if self.value_model is not None:
             self.value_model.save(path / "value")
-        _write_json(path / "ppo_config.json", self._provenance())
+        write_json(path / "ppo_config.json", self._provenance())
         if self.policy.base.name == EMBEDDED:
             save_language_model(self.policy.base, path / "base")
 
@@ -406,9 +405,8 @@ class PPOTrainer:
 
     def _open_run(self) -> Path:
         if self.run_folder is None:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            self.run_folder = _prepare_folder(_unused(Path("runs") / f"{self.algorithm.name}-{stamp}"))
-        _write_json(self.run_folder / "config.json", self._provenance())
+            self.run_folder = prepare_folder(default_folder(self.algorithm.name))
+        write_json(self.run_folder / "config.json", self._provenance())
         return self.run_folder
 
     def _provenance(self) -> dict[str, Any]:
@@ -508,39 +506,3 @@ def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
             raise InvalidConfigurationError(
                 f"logit_bias: token {token} is not in the model's vocabulary of {vocabulary} tokens"
             )
-
-
-def _prepare_folder(name: str | Path) -> Path:
-    """Make the run folder, or say why it cannot be used."""
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f'output_dir: "{folder}" cannot be written to ({error.strerror or error}); choose another folder'
-        ) from error
-    if (folder / "metrics.jsonl").exists():
-        raise CheckpointError(
-            f'output_dir: "{folder}" already holds a run (metrics.jsonl), and a second one would mix with it; '
-            "choose another folder or remove it"
-        )
-    return folder
-
-
-def _unused(folder: Path) -> Path:
-    """The folder, or the same with a number where two runs start within a second."""
-    candidate, number = folder, 1
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error
