@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -16,6 +16,7 @@ from command_line.parsing import Parser, one_of
 from config.declaration import Declaration
 from config.errors import InvalidConfigurationError
 from config.loader import Loaded, load_config
+from config.older.systems import find_system
 from config.options import Option, sections_of
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -36,6 +37,13 @@ class _Switch(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         add_override(namespace, self.dest, option_string not in self.option_strings[1:])
+
+
+class _Set(argparse.Action):
+    """A switch of an older system, which is on when it is there."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        add_override(namespace, self.dest, True)
 
 
 class _Assignment(argparse.Action):
@@ -79,7 +87,32 @@ def add_source_options(parser: Parser) -> None:
         action="store_true",
         help="refuse settings of other systems that would train something else than they do there",
     )
+    sources.add_argument(
+        "--from",
+        dest="from_system",
+        metavar="SYSTEM",
+        help="the flags of an older system follow, with their meaning and defaults there (docs/command_line.md)",
+    )
     parser.set_defaults(overrides=[])
+    parser.adopt = _adopt
+
+
+def _adopt(parser: Parser, name: str) -> None:
+    """Add an older system's flags; where one is spelled like one of ours, it means what it means there."""
+    system = find_system(name)
+    group = parser.add_argument_group(f"flags of {system.title}", conflict_handler="resolve")
+    for flag in system.flags:
+        kind: dict[str, Any] = {"action": _Set, "nargs": 0} if flag.is_switch else {"action": _Value}
+        if not flag.is_switch:
+            kind["metavar"] = "VALUE"
+        dashes = "-" if len(flag.name) == 1 else "--"
+        group.add_argument(
+            dashes + flag.name.replace("_", "-"),
+            dest=flag.name.replace("-", "_"),
+            default=argparse.SUPPRESS,
+            help=flag.meaning.replace("%", "%%"),
+            **kind,
+        )
 
 
 def add_run_options(parser: Parser) -> None:
@@ -148,17 +181,24 @@ def load(cls: type[Any], options: argparse.Namespace) -> Loaded:
             "--resume: a run cannot be continued yet; what there is: its weights are in RUN/final, or in "
             "RUN/interrupted if it was stopped, and --adapter-path starts a new run from either"
         )
-    if getattr(options, "log_level", "INFO") in ("WARNING", "ERROR"):
-        add_override(options, "verbose", False)
+    level = getattr(logging, getattr(options, "log_level", "INFO"))
+    # INFO is ours; what libraries say at that level (each request to the hub, …) is for DEBUG.
     logging.basicConfig(
-        level=getattr(options, "log_level", "WARNING"), format="%(levelname)s %(name)s: %(message)s"
+        level=level if level != logging.INFO else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
     )
-    loaded = load_config(
+    if level >= logging.WARNING:
+        add_override(options, "verbose", False)
+    loaded: Loaded = load_config(
         cls,
         preset=options.preset,
         files=options.config,
-        environ=os.environ,
         overrides=options.overrides,
+        older=options.from_system,
         strict=options.strict,
     )
+    for note in loaded.notes:
+        loud = note.startswith("WARNING")
+        if loud or level < logging.WARNING:
+            print(note if loud else f"note: {note}", file=sys.stderr)
     return loaded

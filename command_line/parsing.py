@@ -35,6 +35,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        #: Adds the options of the system that ``--from`` names.
+        self.adopt: Callable[[Parser, str], None] | None = None
 
     def known_options(self) -> list[str]:
         """Every option that starts with two dashes."""
@@ -43,6 +45,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, with underscores in an option's name read as dashes."""
         args = sys.argv[1:] if args is None else list(args)
+        if self.adopt is not None and "--from" in args[:-1]:
+            self.adopt(self, args[args.index("--from") + 1])
+            self.adopt = None
         return super().parse_known_args([self._dashed(one) for one in args], namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
