@@ -162,9 +162,9 @@ def _metavar(field: Option) -> str:
 
 
 def _help(field: Option) -> str:
-    range_ = f"; {field.limits}" if field.limits else ""
-    default = "" if field.is_nested else f" (default {field.shown(field.default)}{range_})"
-    return (field.meaning + default).replace("%", "%%")
+    parts = [] if field.default is None or field.is_nested else [f"default {field.shown(field.default)}"]
+    parts += [field.limits] if field.limits else []
+    return (field.meaning + (f" ({'; '.join(parts)})" if parts else "")).replace("%", "%%")
 
 
 # Loading -------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from config.errors import CheckpointError, DataLoadError, InvalidConfigurationEr
 from config.ppo_config import PPOConfig
 from config.supervised_config import RewardModelConfig, SFTConfig
 from config.training_config import TrainingConfig
-from data_loading.loading import DataSplits, Kind, load_data
+from data_loading.loading import DataSplits, load_data
+from data_loading.schemas import Kind
 from models.sft_model import EMBEDDED, build_embedded, existing_model
 from ppo_trainer.algorithms import find_algorithm
 from ppo_trainer.resolution import updates_per_batch
