@@ -22,12 +22,16 @@ class DataConfig(Declaration):
         "pre-tokenised .npy files.",
     )
     val_path: str | None = option(
-        default=None, meaning="Validation rows, in any of the forms of train_path; a folder's valid.jsonl is its own."
+        default=None,
+        meaning="Validation rows, in any of the forms of train_path; a folder's valid.jsonl is its own.",
     )
     dataset_name: str | None = option(
-        default=None, meaning="A data set on the Hugging Face Hub, or a folder that `datasets` reads."
+        default=None,
+        meaning="A data set on the Hugging Face Hub, or a folder that `datasets` reads; used where train_path is none.",
     )
-    dataset_config: str | None = option(default=None, meaning="Which configuration of it, where it has several.")
+    dataset_config: str | None = option(
+        default=None, meaning="Which configuration of it, where it has several."
+    )
     dataset_train_split: Name = option(default="train", meaning="Split of dataset_name to train on.")
     dataset_val_split: Name | None = option(
         default=None, meaning="Split of dataset_name to validate on; none = no validation from there."
@@ -43,7 +47,9 @@ class DataConfig(Declaration):
     reward_column: Name = option(
         default="reward", meaning="Column with the score of an answer, as a number or as text."
     )
-    messages_column: Name = option(default="messages", meaning="Column with a chat, a list of role and content.")
+    messages_column: Name = option(
+        default="messages", meaning="Column with a chat, a list of role and content."
+    )
     text_column: Name = option(default="text", meaning="Column with a text that is prompt and answer in one.")
 
     # Prompts
@@ -67,7 +73,8 @@ class DataConfig(Declaration):
         default="error", meaning="A row that cannot be used stops the run, or is counted and left out."
     )
     filter_keywords: list[Name] | None = option(
-        default=None, meaning="Rows with one of these texts in any field are left out, case ignored; none = keep all."
+        default=None,
+        meaning="Rows with one of these texts in any field are left out, case ignored; none = keep all.",
     )
     max_samples: PositiveInt | None = option(
         default=None, meaning="Most rows to train on, drawn with the seed if shuffle_data; none = all."

@@ -8,8 +8,9 @@ metrics    = update(experience)          epochs of minibatches through the algor
 from __future__ import annotations
 
 import time
+from collections.abc import Generator as Iteration
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from base_setup import backend
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config, within_memory
 from base_setup.parameters import count_parameters
-from base_setup.tokenizer_setup import check_vocabulary, prepare_prompts
+from base_setup.tokenizer_setup import check_vocabulary
 from config.errors import (
     InvalidConfigurationError,
     RewardError,
@@ -30,6 +31,7 @@ from config.errors import (
     TrainingRuntimeError,
 )
 from config.ppo_config import PPOConfig
+from data_loading.prepared_prompts import PreparedPrompts, Reordered
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import FrozenPolicy, PolicyModel
 from models.reward_model import RewardModel
@@ -168,7 +170,7 @@ class PPOTrainer:
         self.learned_steps = 0  # those that have been learned from, one under way included
         self.episodes = 0  # completions so far
         self.epochs = 0  # passes over prompts so far
-        self._reserve: list[Prompt] = []  # all prompts of the run, for dynamic sampling
+        self._reserve: Sequence[Prompt] = []  # all prompts of the run, for dynamic sampling
         self._recorder: RunRecorder | None = None
 
     # -- The loop -------------------------------------------------------------------------------------
@@ -209,7 +211,8 @@ class PPOTrainer:
         with self._keeping_what_was_earned(folder):
             told("on_train_begin", self)
             for epoch in range(num_epochs):
-                steps = [self._train_step(batch, epoch, told) for batch in self._batches(prepared, told)]
+                with closing(self._batches(prepared, told)) as batches:
+                    steps = [self._train_step(batch, epoch, told) for batch in batches]
                 history.append(_epoch_metrics(epoch, steps))
                 told("on_epoch_end", epoch, history[-1])
                 if told.stop_requested:
@@ -305,7 +308,7 @@ class PPOTrainer:
             return scored
 
         order = np.random.default_rng([self.config.seed, self.step, len(self._reserve)])
-        reserve = [self._reserve[i] for i in order.permutation(len(self._reserve)).tolist()]
+        reserve = Reordered(self._reserve, order.permutation(len(self._reserve)).tolist())
         return collect_live_groups(prompts, reserve or prompts, sample, judge, self.config)
 
     def _greedy_scores(self, rollouts: Sequence[Rollout]) -> np.ndarray:
@@ -357,19 +360,28 @@ class PPOTrainer:
         if self.value_model is not None and (path / "value").is_dir():
             self.value_model.load(path / "value")
 
-    def _prepare(self, prompts: Sequence[Any]) -> list[Prompt]:
-        return prepare_prompts(
-            self.policy.tokenizer, prompts, max_prompt_length=self.config.max_prompt_length
+    def _prepare(self, prompts: Sequence[Any]) -> PreparedPrompts:
+        prepared = PreparedPrompts(
+            self.policy.tokenizer,
+            prompts,
+            max_prompt_length=self.config.max_prompt_length,
+            overflow=self.config.prompt_overflow,
         )
+        if str(prepared):
+            print(prepared)  # what was cut or left out is never silent, whatever verbose says
+        return prepared
 
-    def _batches(self, prompts: Sequence[Prompt], told: Callbacks) -> Iterator[list[Prompt]]:
+    def _batches(self, prompts: PreparedPrompts, told: Callbacks) -> Iteration[list[Prompt], None, None]:
         """The epoch's batches: every prompt once, in an order drawn from (seed, epochs so far)."""
-        order = np.random.default_rng([self.config.seed, self.epochs]).permutation(len(prompts)).tolist()
+        generator = np.random.default_rng([self.config.seed, self.epochs])
+        order = generator.permutation(len(prompts)) if self.config.shuffle_data else np.arange(len(prompts))
         self.epochs += 1
-        for start in range(0, len(order), self.config.batch_size):
-            if told.stop_requested and start > 0:
-                return
-            yield [prompts[i] for i in order[start : start + self.config.batch_size]]
+        batches = prompts.batches(order.tolist(), self.config.batch_size, self.config.prefetch_batches)
+        with closing(batches):  # and with it the thread that reads ahead
+            for number, batch in enumerate(batches):
+                if told.stop_requested and number > 0:
+                    return
+                yield batch
 
     # -- Building -------------------------------------------------------------------------------------
 
