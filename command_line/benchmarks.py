@@ -18,9 +18,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from base_setup.tokenizer_setup import prepare_prompts
 from config.errors import DataLoadError, InvalidConfigurationError
 from config.ppo_config import PPOConfig
+from data_loading.prepared_prompts import PreparedPrompts
 from models.policy_model import PolicyModel
 from ppo_trainer.evaluator import EVALUATION_STEP
 from ppo_trainer.generator import Generator
@@ -177,7 +177,7 @@ def exact_match(
     policy: PolicyModel, config: PPOConfig, tasks: Sequence[Task], found: Callable[[str], str | None]
 ) -> dict[str, Any]:
     """Share of the tasks whose likeliest answer is right, and the first answers."""
-    prompts = prepare_prompts(
+    prompts = PreparedPrompts(
         policy.tokenizer, [task.prompt for task in tasks], max_prompt_length=config.max_prompt_length
     )
     rollouts = Generator(policy, config).generate(prompts, EVALUATION_STEP, group_size=1, temperature=0.0)

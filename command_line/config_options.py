@@ -39,13 +39,6 @@ class _Switch(argparse.Action):
         add_override(namespace, self.dest, option_string not in self.option_strings[1:])
 
 
-class _Set(argparse.Action):
-    """A switch of an older system, which is on when it is there."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        add_override(namespace, self.dest, True)
-
-
 class _Assignment(argparse.Action):
     """``--set NAME=VALUE``, in the order of the flags around it."""
 
@@ -102,12 +95,12 @@ def _adopt(parser: Parser, name: str) -> None:
     system = find_system(name)
     group = parser.add_argument_group(f"flags of {system.title}", conflict_handler="resolve")
     for flag in system.flags:
-        kind: dict[str, Any] = {"action": _Set, "nargs": 0} if flag.is_switch else {"action": _Value}
-        if not flag.is_switch:
-            kind["metavar"] = "VALUE"
-        dashes = "-" if len(flag.name) == 1 else "--"
+        name = flag.name.replace("_", "-")
+        options, kind = [f"--{name}" if len(name) > 1 else f"-{name}"], {"action": _Value, "metavar": "VALUE"}
+        if flag.is_switch:
+            options, kind = [*options, f"--no-{name}"], {"action": _Switch, "nargs": 0}
         group.add_argument(
-            dashes + flag.name.replace("_", "-"),
+            *options,
             dest=flag.name.replace("-", "_"),
             default=argparse.SUPPRESS,
             help=flag.meaning.replace("%", "%%"),

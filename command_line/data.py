@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     config = TrainingConfig(**given, **({"model_name": options.model_name} if options.model_name else {}))
     tokenizer = None
     if options.model_name:
-        from command_line.plan import check_model, load_tokenizer
+        from command_line.checks import check_model, load_tokenizer
 
         check_model(config)
         tokenizer = load_tokenizer(config)

@@ -56,14 +56,14 @@ def _options(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the numbers and write them down with the answers they come from."""
     take_rewards(options)
-    given = load(PPOConfig, options).config
+    loaded = load(PPOConfig, options)
     from command_line.benchmarks import check_benchmarks
     from command_line.checkpoints import find_checkpoint
-    from command_line.plan import check_model
+    from command_line.checks import check_model
 
     benchmarks = check_benchmarks(options.benchmark, options.benchmark_data, options.limit)
     checkpoint = find_checkpoint(options.checkpoint)
-    config, _ = resolved(_with_what_was_trained(given, checkpoint))
+    config, _ = resolved(loaded, _with_what_was_trained(loaded.config, checkpoint))
     check_model(config)
     rows = _validation_rows(config, needed=not benchmarks)
     rewards = _rewards(config, checkpoint) if rows is not None else None
@@ -91,7 +91,7 @@ def _validation_rows(config: PPOConfig, *, needed: bool) -> Any:
     from data_loading.loading import load_data, load_prompts
 
     if config.val_path is not None:
-        return load_prompts(config.val_path, config, split="validation")
+        return load_prompts(config.val_path, config, split="valid")
     rows = None
     if config.train_path is not None or config.dataset_name is not None:
         rows = load_data(config, "prompts").validation
@@ -144,11 +144,13 @@ def _models(config: PPOConfig, checkpoint: Checkpoint) -> tuple[PolicyModel, Any
 def _validate(
     config: PPOConfig, policy: PolicyModel, reference: Any, rewards: Any, rows: Any
 ) -> dict[str, Any]:
-    from base_setup.tokenizer_setup import prepare_prompts
+    from data_loading.prepared_prompts import PreparedPrompts
     from ppo_trainer.evaluator import Evaluator
     from ppo_trainer.generator import Generator
 
-    prompts = prepare_prompts(policy.tokenizer, rows, max_prompt_length=config.max_prompt_length)
+    prompts = PreparedPrompts(
+        policy.tokenizer, rows, max_prompt_length=config.max_prompt_length, overflow=config.prompt_overflow
+    )
     metrics = Evaluator(Generator(policy, config), rewards, reference, config).evaluate(prompts)
     _show("validation", metrics)
     return metrics

@@ -55,14 +55,16 @@ class _Stage:
 
     def run(self, *, dry: bool) -> int:
         """Everything that can be refused is refused before a weight is loaded."""
-        from command_line.plan import check_model, read_rows, supervised_plan
+        from command_line.checks import check_model, check_output, read_rows
+        from command_line.plan import supervised_plan
         from monitoring.console import StageConsole
         from monitoring.run_folder import default_folder, prepare_folder, write_json
 
         config, console = self.config, StageConsole()
         check_model(config)
+        check_output(config.output_dir)
         data = read_rows(config, self.kind)
-        plan = supervised_plan(self.name, config, data)
+        plan = supervised_plan(self.name, config, data, dry=dry)
         if config.verbose or dry:
             print("\n".join(plan), flush=True)
         if dry:

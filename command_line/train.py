@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command_line.config_options import add_config_options, add_override, add_run_options, load
 from command_line.explaining import explained, resolved
 from command_line.parsing import Command, Parser
+from config.loader import Loaded
 from config.ppo_config import PPOConfig
+
+if TYPE_CHECKING:
+    from data_loading.loading import DataSplits
+    from rewards.composition import RewardSet
 
 
 class _Reward(argparse.Action):
@@ -18,7 +23,7 @@ class _Reward(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         name, equals, weight = values.rpartition("=")
         try:
-            entry = {"name": name, "weight": float(weight)} if equals else {"name": values}
+            entry = {"name": name, "weight": float(weight)} if equals else values
         except ValueError:
             raise argparse.ArgumentError(self, f"NAME=NUMBER is expected, found {values!r}") from None
         namespace.reward = [*(getattr(namespace, "reward", None) or []), entry]
@@ -54,52 +59,65 @@ def run(options: argparse.Namespace) -> int:
     if options.explain:
         print(explained(loaded))
         return 0
-    return train(resolved(loaded.config)[0], dry=options.dry_run)
+    config, rewards, data = _checked(loaded, own_prompts=options.from_system == "mlx-rlhf")
+    from command_line.plan import training_plan
+
+    plan = training_plan(config, data, rewards, dry=options.dry_run)
+    if config.verbose or options.dry_run:
+        print("\n".join(plan), flush=True)
+    return 0 if options.dry_run else _train(config, data)
 
 
-def train(config: PPOConfig, *, dry: bool) -> int:
-    """One run of a resolved config."""
-    from command_line.plan import check_model, check_output, read_rows, training_plan
+def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig, RewardSet, DataSplits]:
+    """The resolved config, its rewards and its rows, or a refusal before a weight is loaded.
+
+    Args:
+        own_prompts: without data, and with the score of the digit task, take that task's prompts.
+    """
+    from command_line.checks import check_model, check_output, digit_rows, read_rows
     from ppo_trainer.reference import check_reference_path
     from rewards.composition import RewardSet
 
+    config, _ = resolved(loaded)
     check_model(config)
     check_reference_path(config)
     check_output(config.output_dir)
     rewards = RewardSet.build(config.rewards or "well_formed", config.reward_weights)
-    data = read_rows(config, "prompts")
-    plan = training_plan(config, data, rewards, dry)
-    if config.verbose or dry:
-        print("\n".join(plan), flush=True)
-    if dry:
-        return 0
+    if own_prompts and not (config.train_path or config.dataset_name) and "digits" in str(config.rewards):
+        return config, rewards, digit_rows(config)
+    return config, rewards, read_rows(config, "prompts")
+
+
+def _train(config: PPOConfig, data: DataSplits) -> int:
+    from command_line.plan import steps_of
     from monitoring.console import StageConsole
     from monitoring.step_log import StepProgress
     from ppo_trainer.ppo_trainer import PPOTrainer
 
     console = StageConsole()
-    trainer = PPOTrainer(config.replace(verbose=False))
+    trainer = PPOTrainer(config.replace(verbose=False))  # the progress line stands for the line per epoch
+    say = console.note if config.verbose else lambda text: None
     if data.validation is not None:
-        _report(console, "before", trainer.evaluate(data.validation))
-    total = config.num_epochs * -(-len(data.train) // config.batch_size)
-    with console.progress(total, config.algorithm) as progress:
-        result = trainer.train(data.train, num_epochs=config.num_epochs, callbacks=[StepProgress(progress)])
+        say(_judged("before", trainer.evaluate(data.validation)))
+    if config.verbose:
+        with console.progress(steps_of(config, data), config.algorithm) as progress:
+            result = trainer.train(data.train, callbacks=[StepProgress(progress)])
+    else:
+        result = trainer.train(data.train)
     if data.validation is not None:
-        _report(console, "after", trainer.evaluate(data.validation))
+        say(_judged("after", trainer.evaluate(data.validation)))
     folder = result["run_folder"]
-    console.note(
-        f"reward {result['avg_reward']:.3f} in the last epoch; metrics, samples and weights are in {folder}"
-    )
-    console.note(f"judge it: python main.py evaluate --checkpoint {folder} --val-path FILE")
+    say(f"reward {result['avg_reward']:.3f} in the last epoch; metrics, samples and weights are in {folder}")
+    say(f"judge it: python main.py evaluate --checkpoint {folder} --val-path FILE")
     return 0
 
 
-def _report(console: Any, when: str, metrics: Mapping[str, Any]) -> None:
+def _judged(when: str, metrics: Mapping[str, Any]) -> str:
     parts = [f"validation {when}: reward {metrics['avg_reward']:.3f}"]
     if "objective/kl" in metrics:
         parts.append(f"kl {metrics['objective/kl']:.3g}")
     parts.append(f"length {metrics['completions/mean_length']:.3g}")
-    console.note("  ".join(parts))
+    return "  ".join(parts)
 
 
 TRAIN = Command(

@@ -47,7 +47,7 @@ from models.value_model import ValueModel
 from monitoring.recorder import RunRecorder
 from monitoring.run_folder import default_folder, prepare_folder, write_json
 from ppo_trainer.algorithms import Algorithm, find_algorithm
-from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
+from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter, StepLimit
 from ppo_trainer.dynamic_sampling import check_outcome_reward, collect_live_groups
 from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
 from ppo_trainer.experience_maker import ExperienceMaker
@@ -176,9 +176,9 @@ class PPOTrainer:
     # -- The loop -------------------------------------------------------------------------------------
 
     def train(
-        self, prompts: Sequence[Any], num_epochs: int = 10, callbacks: Iterable[Callback] = ()
+        self, prompts: Sequence[Any], num_epochs: int | None = None, callbacks: Iterable[Callback] = ()
     ) -> dict[str, Any]:
-        """Train on ``prompts`` for ``num_epochs`` passes.
+        """Train on ``prompts`` for ``num_epochs`` passes; None: the config's ``num_steps``, else its ``num_epochs``.
 
         Called again, it goes on with the weights, counters and run folder of the last time, and with fresh
         optimisers.
@@ -195,18 +195,15 @@ class PPOTrainer:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
         prepared = self._reserve = self._prepare(prompts)
-        if not isinstance(num_epochs, int) or num_epochs < 1:
-            raise InvalidConfigurationError(
-                f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
-            )
+        num_epochs, num_steps = self._duration(num_epochs, len(prepared))
         folder = self._open_run()
         recorder = self._recorder or RunRecorder(
             folder, self.config.log_samples_every, self.config.max_logged_samples
         )
         self._recorder = recorder
         printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
-        told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
-        self._updater = self._build_updater(num_epochs * -(-len(prepared) // self.config.batch_size))
+        told = Callbacks([recorder, *printer, *self.callbacks, *callbacks, StepLimit(self.step + num_steps)])
+        self._updater = self._build_updater(num_steps)
         history: list[dict[str, Any]] = []
         with self._keeping_what_was_earned(folder):
             told("on_train_begin", self)
@@ -221,6 +218,18 @@ class PPOTrainer:
             result = {**history[-1], "history": history, "run_folder": str(folder)}
             told("on_train_end", result)
         return result
+
+    def _duration(self, num_epochs: int | None, n_prompts: int) -> tuple[int, int]:
+        """Passes over the prompts, the last of which may stay unfinished, and steps in all."""
+        per_epoch = -(-n_prompts // self.config.batch_size)
+        if num_epochs is None and self.config.num_steps is not None:
+            return -(-self.config.num_steps // per_epoch), self.config.num_steps
+        num_epochs = self.config.num_epochs if num_epochs is None else num_epochs
+        if not isinstance(num_epochs, int) or num_epochs < 1:
+            raise InvalidConfigurationError(
+                f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
+            )
+        return num_epochs, num_epochs * per_epoch
 
     def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
         """One batch of rollouts, from sampling to the last of its updates."""

@@ -1,4 +1,4 @@
-"""Benchmarks on local rows: how answers are read, what is refused, and perplexity against a model that knows nothing."""
+"""Benchmarks on local rows: how answers are read, what is refused, perplexity of a model that knows nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,15 @@ def test_the_number_of_an_answer(text: str, number: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [("(B)", "B"), ("The answer is C.", "C"), ("D", "D"), (" 3)", "3"), ("Because", None), ("x", None), ("AB", None)],
+    [
+        ("(B)", "B"),
+        ("The answer is C.", "C"),
+        ("D", "D"),
+        (" 3)", "3"),
+        ("Because", None),
+        ("x", None),
+        ("AB", None),
+    ],
 )
 def test_the_letter_of_an_answer(text: str, letter: str | None) -> None:
     assert first_letter(text) == letter
@@ -65,7 +73,11 @@ def test_what_is_not_there_is_refused(names: list[str], data: list[str], sentenc
         ("gsm8k", '{"question": "x"}', "rows.jsonl:2: 'answer' is missing"),
         ("gsm8k", '{"question": "x", "answer": "none"}', "a number in answer"),
         ("arc", '{"question": "x", "choices": [], "answerKey": "A"}', "rows.jsonl:2: "),
-        ("arc", '{"question": "x", "choices": {"text": ["y"], "label": ["B"]}, "answerKey": "A"}', "among the labels"),
+        (
+            "arc",
+            '{"question": "x", "choices": {"text": ["y"], "label": ["B"]}, "answerKey": "A"}',
+            "among the labels",
+        ),
         ("arc", "[1]", "rows.jsonl:2: "),
     ],
 )
@@ -80,7 +92,7 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes | None) -
     path = tmp_path / "rows.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataLoadError, match="rows.jsonl"):
+    with pytest.raises(DataLoadError, match=r"rows\.jsonl"):
         check_benchmarks(["gsm8k"], [f"gsm8k={path}"], None)
 
 
@@ -106,7 +118,7 @@ def test_an_answer_counts_when_its_number_is_the_gold_one(
 def test_perplexity_is_that_of_the_policy_not_of_its_base(
     tiny: LanguageModel, make_config: Callable[..., Any]
 ) -> None:
-    """Untrained it is near the vocabulary's size; with the embedding zeroed, logits are 0 and it is that size exactly."""
+    """Untrained it is near the vocabulary's size; with the embedding zeroed all logits are 0 and it is that size."""
     import mlx.core as mx
 
     config = make_config(PPOConfig, fine_tune_type="full")

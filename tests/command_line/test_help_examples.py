@@ -13,7 +13,9 @@ from command_line.commands import COMMANDS
 
 
 def examples(name: str) -> list[str]:
-    return [line.strip() for line in COMMANDS[name].parser().format_help().split("examples:\n")[1].splitlines()]
+    return [
+        line.strip() for line in COMMANDS[name].parser().format_help().split("examples:\n")[1].splitlines()
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -32,7 +32,9 @@ def test_from_a_data_file_to_a_judged_model(workplace: Path, command: Callable[.
     assert (workplace / "runs/mine/final/adapters.safetensors").is_file()
     assert len((workplace / "runs/mine/metrics.jsonl").read_text().splitlines()) >= 2
 
-    judged = command("evaluate", "--config", "mine.yaml", "--checkpoint", "runs/mine", "--val-path", "prompts.jsonl")
+    judged = command(
+        "evaluate", "--config", "mine.yaml", "--checkpoint", "runs/mine", "--val-path", "prompts.jsonl"
+    )
     assert judged.code == 0, judged.err
     results = json.loads((workplace / "eval_outputs/mine.json").read_text())
     assert len(results["validation"]["samples"]) == 6
