@@ -17,6 +17,7 @@ class DataConfig(Declaration):
 
     # Sources
     train_path: str | None = option(
+        section="data",
         default=None,
         meaning="Training rows: a .jsonl, .json, .csv or .parquet file, a folder with train.jsonl, or the prefix of "
         "pre-tokenised .npy files.",
@@ -38,7 +39,7 @@ class DataConfig(Declaration):
     )
 
     # Columns
-    prompt_column: Name = option(default="prompt", meaning="Column with the prompt.")
+    prompt_column: Name = option(section="columns", default="prompt", meaning="Column with the prompt.")
     completion_column: Name = option(
         default="completion", meaning="Column with the demonstrated or the reference answer."
     )
@@ -54,6 +55,7 @@ class DataConfig(Declaration):
 
     # Prompts
     system_prompt: str | None = option(
+        section="prompts",
         default=None,
         meaning="System message put before prompts that have none; a row's own field system takes its place.",
     )
@@ -70,7 +72,9 @@ class DataConfig(Declaration):
 
     # Which rows
     on_bad_row: Literal["error", "skip"] = option(
-        default="error", meaning="A row that cannot be used stops the run, or is counted and left out."
+        section="rows",
+        default="error",
+        meaning="A row that cannot be used stops the run, or is counted and left out.",
     )
     filter_keywords: list[Name] | None = option(
         default=None,
