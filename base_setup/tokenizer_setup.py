@@ -206,10 +206,12 @@ def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str
                 "anyway; rename it"
             )
         row = row["prompt"]
+    messages: tuple[Mapping[str, Any], ...] | None = None
     if isinstance(row, str):
         text = row
     elif is_chat(row):
         text = "\n".join(str(m["content"]) for m in row)
+        messages = tuple(row)
     else:
         raise DataLoadError(
             f"{place}: a string or a list of chat messages is expected, found {type(row).__name__}"
@@ -224,7 +226,7 @@ def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str
         raise DataLoadError(f"{place}: {error}") from error
     if not ids:
         raise DataLoadError(f"{place}: the tokenizer makes nothing of the text {text!r:.40}")
-    return Prompt(index=index, text=text, ids=tuple(ids), columns=columns)
+    return Prompt(index=index, text=text, ids=tuple(ids), columns=columns, messages=messages)
 
 
 def _from_ids(tokenizer: TokenizerWrapper, index: int, row: Mapping[str, Any]) -> Prompt:

@@ -43,4 +43,11 @@ class TrainingRuntimeError(ToolkitError):
 
 
 class RewardError(TrainingRuntimeError):
-    """A reward misbehaved; the message names the reward, the row and the value."""
+    """A reward misbehaved; the message names the reward, the row and the value.
+
+    ``row`` is the number of the row, where one is to blame.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row

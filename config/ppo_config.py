@@ -139,6 +139,19 @@ class PPOConfig(TrainingConfig):
     reward_weights: list[FiniteFloat] | None = option(
         section="scores", default=None, meaning="Weight of each reward, in order; none = 1 each."
     )
+    reward_composition: Literal["weighted_sum", "weighted_mean_clip01", "sum"] = option(
+        default="weighted_sum",
+        meaning="How rewards become one score: their weighted sum, their weighted mean limited to [0, 1], or their "
+        "plain sum.",
+    )
+    reward_timeout: PositiveFloat | None = option(
+        default=600.0, meaning="Seconds that one reward may take for a batch; none = no limit."
+    )
+    on_reward_error: Literal["stop", "skip"] = option(
+        default="stop",
+        meaning="When a reward raises, returns no number or runs out of time: end the run, or leave its rows out of "
+        "what is learned and count them.",
+    )
     score_while_decoding: bool = option(
         default=False,
         meaning="Score each group in a second thread once it is complete, while others are decoded; rewards then see a "

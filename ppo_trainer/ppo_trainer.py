@@ -34,7 +34,6 @@ from config.ppo_config import PPOConfig
 from data_loading.prepared_prompts import PreparedPrompts, Reordered
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import FrozenPolicy, PolicyModel
-from models.reward_model import RewardModel
 from models.rollout_policy import RolloutPolicy
 from models.sft_model import (
     EMBEDDED,
@@ -55,9 +54,10 @@ from ppo_trainer.generator import Generator
 from ppo_trainer.group_scorer import GroupScorer
 from ppo_trainer.reference import build_reference, check_reference_path, describe_reference
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
+from ppo_trainer.reward_sources import build_rewards
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.scored_batch import ScoredBatch
 
 
 class PPOTrainer:
@@ -72,8 +72,9 @@ class PPOTrainer:
     Args:
         config: see ``PPOConfig``; fields that nobody set take the algorithm's own defaults.
         reward_model: a callable ``f(prompts, completions, **columns) -> list[float]``, a list of them, a
-            mapping from reward to weight, a registered name, or a ``RewardModel``. None: the reference-free
-            default of ``rewards/default_reward.py``.
+            mapping from reward to weight, a registered name, entries ``{"name", "weight", "config"}``, a
+            ``RewardModel`` or ``"learned:FOLDER"`` (docs/rewards.md). None: the reference-free default of
+            ``rewards/default_reward.py``.
         model: a base model that is loaded already, in place of ``config.model_name``.
         tokenizer: in place of the model's own.
         policy, value_model, reference: built already, in place of what config asks for.
@@ -104,9 +105,8 @@ class PPOTrainer:
                 "reward: none given, so answers are judged by form alone: not empty, not repetitive, not cut off "
                 "(rewards/default_reward.py)"
             )
-        named = RewardSet.build(
-            reward_model if reward_model is not None else "well_formed", config.reward_weights
-        )
+        rewards_asked_for = reward_model if reward_model is not None else "well_formed"
+        named = build_rewards(rewards_asked_for, config)
         check_outcome_reward(config, named.names)
         self.callbacks = list(callbacks)
         Callbacks(self.callbacks)
@@ -132,10 +132,7 @@ class PPOTrainer:
         _check_biased_tokens(config, vocabulary_size(base.model, base.config))
         self.config = config = within_memory(base.config, config, critic=self.algorithm.needs_critic)
         self.policy = policy or PolicyModel(base, config)
-        self.rewards = RewardSet.build(
-            _for_tokenizer(reward_model, base.tokenizer) if reward_model is not None else "well_formed",
-            config.reward_weights,
-        )
+        self.rewards = build_rewards(rewards_asked_for, config, base)
         self.value_model = self._build_value(value_model, base)
         self.reference = reference or build_reference(
             self.policy, config, fresh=policy is None and config.adapter_path is None
@@ -258,7 +255,7 @@ class PPOTrainer:
 
     def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
         """What the rewards say about each rollout."""
-        scorer = self._group_scorer
+        scorer, self.rewards.state.global_step = self._group_scorer, self.step
         return score_rollouts(self.rewards, rollouts) if scorer is None else scorer.score(rollouts)
 
     def make_experience(
@@ -507,17 +504,6 @@ def _mean_of_numbers(values: Sequence[float]) -> float:
     """The mean, NaN (a step without any score) left out."""
     numbers = [value for value in values if not np.isnan(value)]
     return float(np.mean(numbers)) if numbers else float("nan")
-
-
-def _for_tokenizer(reward: Any, tokenizer: TokenizerWrapper) -> Any:
-    """Learned reward models read the policy's own tokens where they have the same vocabulary."""
-    if isinstance(reward, RewardModel):
-        return reward.for_tokenizer(tokenizer)
-    if isinstance(reward, (list, tuple)):
-        return [_for_tokenizer(part, tokenizer) for part in reward]
-    if isinstance(reward, Mapping):
-        return {_for_tokenizer(part, tokenizer): weight for part, weight in reward.items()}
-    return reward
 
 
 def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
