@@ -49,17 +49,6 @@ class Callbacks:
         return any(hasattr(callback, moment) for moment in MOMENTS)
 
 
-class StepLimit:
-    """Ends the run after its last step, be it in the middle of an epoch."""
-
-    def __init__(self, last: int) -> None:
-        self.last = last
-
-    def on_step_end(self, step: int, metrics: Mapping[str, Any]) -> bool:
-        """False, which stops the run, at the last step."""
-        return step < self.last
-
-
 class EpochPrinter:
     """One plain line per epoch, the default on the terminal."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from models.value_model import ValueModel
 from monitoring.recorder import RunRecorder
 from monitoring.run_folder import default_folder, prepare_folder, write_json
 from ppo_trainer.algorithms import Algorithm, find_algorithm
-from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter, StepLimit
+from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
 from ppo_trainer.dynamic_sampling import check_outcome_reward, collect_live_groups
 from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
 from ppo_trainer.experience_maker import ExperienceMaker
@@ -73,8 +74,8 @@ class PPOTrainer:
         config: see ``PPOConfig``; fields that nobody set take the algorithm's own defaults.
         reward_model: a callable ``f(prompts, completions, **columns) -> list[float]``, a list of them, a
             mapping from reward to weight, a registered name, entries ``{"name", "weight", "config"}``, a
-            ``RewardModel`` or ``"learned:FOLDER"`` (docs/rewards.md). None: the reference-free default of
-            ``rewards/default_reward.py``.
+            ``RewardModel`` or ``"learned:FOLDER"`` (docs/rewards.md). None: ``config.rewards``, and without those
+            the reference-free default of ``rewards/default_reward.py``.
         model: a base model that is loaded already, in place of ``config.model_name``.
         tokenizer: in place of the model's own.
         policy, value_model, reference: built already, in place of what config asks for.
@@ -100,6 +101,8 @@ class PPOTrainer:
         self.algorithm = algorithm or find_algorithm(config.algorithm)
         self.config = config = resolve_config(config, self.algorithm)
         # Everything that can be refused is refused before a weight is loaded.
+        if reward_model is None:
+            reward_model = config.rewards
         if reward_model is None:
             print(
                 "reward: none given, so answers are judged by form alone: not empty, not repetitive, not cut off "
@@ -175,7 +178,7 @@ class PPOTrainer:
     def train(
         self, prompts: Sequence[Any], num_epochs: int | None = None, callbacks: Iterable[Callback] = ()
     ) -> dict[str, Any]:
-        """Train on ``prompts`` for ``num_epochs`` passes; None: the config's ``num_steps``, else its ``num_epochs``.
+        """Train on ``prompts`` for ``num_epochs`` passes; None = as config says, in passes or in steps.
 
         Called again, it goes on with the weights, counters and run folder of the last time, and with fresh
         optimisers.
@@ -192,21 +195,23 @@ class PPOTrainer:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
         prepared = self._reserve = self._prepare(prompts)
-        num_epochs, num_steps = self._duration(num_epochs, len(prepared))
+        num_epochs, num_steps = self._planned(num_epochs, -(-len(prepared) // self.config.batch_size))
         folder = self._open_run()
         recorder = self._recorder or RunRecorder(
             folder, self.config.log_samples_every, self.config.max_logged_samples
         )
         self._recorder = recorder
         printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
-        told = Callbacks([recorder, *printer, *self.callbacks, *callbacks, StepLimit(self.step + num_steps)])
+        told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
         self._updater = self._build_updater(num_steps)
         history: list[dict[str, Any]] = []
+        started = self.step
         with self._keeping_what_was_earned(folder):
             told("on_train_begin", self)
             for epoch in range(num_epochs):
                 with closing(self._batches(prepared, told)) as batches:
-                    steps = [self._train_step(batch, epoch, told) for batch in batches]
+                    left = islice(batches, num_steps - self.step + started)
+                    steps = [self._train_step(batch, epoch, told) for batch in left]
                 history.append(_epoch_metrics(epoch, steps))
                 told("on_epoch_end", epoch, history[-1])
                 if told.stop_requested:
@@ -216,17 +221,16 @@ class PPOTrainer:
             told("on_train_end", result)
         return result
 
-    def _duration(self, num_epochs: int | None, n_prompts: int) -> tuple[int, int]:
-        """Passes over the prompts, the last of which may stay unfinished, and steps in all."""
-        per_epoch = -(-n_prompts // self.config.batch_size)
+    def _planned(self, num_epochs: int | None, batches: int) -> tuple[int, int]:
+        """Epochs, the last one perhaps cut short, and steps of a run with so many batches in an epoch."""
         if num_epochs is None and self.config.num_steps is not None:
-            return -(-self.config.num_steps // per_epoch), self.config.num_steps
+            return -(-self.config.num_steps // batches), self.config.num_steps
         num_epochs = self.config.num_epochs if num_epochs is None else num_epochs
         if not isinstance(num_epochs, int) or num_epochs < 1:
             raise InvalidConfigurationError(
                 f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
             )
-        return num_epochs, num_epochs * per_epoch
+        return num_epochs, num_epochs * batches
 
     def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
         """One batch of rollouts, from sampling to the last of its updates."""

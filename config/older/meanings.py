@@ -59,23 +59,34 @@ def random_if_negative(values: Values) -> Iterator[Ours | Said]:
 
 
 def prompts_per_step(
-    per_pass: str, passes: str, group: str, *, counts_completions: bool = False
+    per_pass: str,
+    passes: str,
+    group: str,
+    defaults: tuple[int, int, int] = (1, 1, 1),
+    *,
+    counts_completions: bool = False,
 ) -> Callable[[Values], Iterator[Ours | Said]]:
-    """Prompts per pass × passes per step → ``batch_size`` prompts, ``micro_batch_size`` completions a pass."""
+    """Prompts per pass × passes per step → ``batch_size`` prompts, ``micro_batch_size`` completions a pass.
+
+    ``defaults``: what the system takes for each where it is not given.
+    """
 
     def make(values: Values) -> Iterator[Ours | Said]:
         names = values.present(per_pass, passes)
         if not names:
             return
-        size, count = values.whole(per_pass, 1), values.whole(passes, 1)
-        members = max(values.whole(group, 1), 1)
+        size, count, members = (
+            values.whole(name, default)
+            for name, default in zip((per_pass, passes, group), defaults, strict=True)
+        )
+        members = max(members, 1)
         for name in names:
             if values.whole(name) < 1:
                 values.refuse(name, "at least 1")
         completions = size if counts_completions else size * members
         prompts = max(completions * count // members, 1)
         yield Ours("batch_size", prompts, names)
-        if passes in values and count > 1:
+        if count > 1:
             yield Ours("micro_batch_size", completions, names)
 
     return make

@@ -54,6 +54,7 @@ SYSTEM = System(
     name="mlx-grpo",
     title="mlx-grpo",
     preset="mlx_grpo",
+    tables=frozenset({"lr_schedule_config"}),
     settings=table(
         (("model_path", "ref_model_path"), Together(reference_model("model_path", "ref_model_path"))),
         ("train_dataset_path", same("train_path")),
@@ -76,7 +77,9 @@ SYSTEM = System(
         ("num_rollout_samples", same("group_size")),
         (
             ("ppo_batch_size", "grad_accum_steps"),
-            Together(prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples")),
+            Together(
+                prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples", (2, 1, 2))
+            ),
         ),
         ("sampling_temperature", same("temperature")),
         (

@@ -57,7 +57,9 @@ SYSTEM = System(
         (("output_dir", "run_name"), Together(_folder)),
         (
             ("batch_size", "gradient_accumulation_steps"),
-            Together(prompts_per_step("batch_size", "gradient_accumulation_steps", "num_generations")),
+            Together(
+                prompts_per_step("batch_size", "gradient_accumulation_steps", "num_generations", (1, 4, 64))
+            ),
         ),
         (
             "max_train_samples",

@@ -168,6 +168,7 @@ SYSTEM = System(
     name="mlx-rl-trainer",
     title="MLX RL Trainer",
     preset="mlx_rl_trainer",
+    tables=frozenset({"lr_schedule_config"}),
     headings=frozenset({"trainer", "generation", "monitoring", "checkpointing"}),
     settings=table(
         # trainer
@@ -181,7 +182,9 @@ SYSTEM = System(
         ("lr_schedule_config", scheduled()),
         (
             ("ppo_batch_size", "grad_accum_steps"),
-            Together(prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples")),
+            Together(
+                prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples", (1, 1, 2))
+            ),
         ),
         ("num_rollout_samples", Together(_group)),
         ("grpo_beta", same("kl_coef")),

@@ -90,6 +90,7 @@ TRL = System(
                     "per_device_train_batch_size",
                     "gradient_accumulation_steps",
                     "num_generations",
+                    (8, 1, 8),
                     counts_completions=True,
                 )
             ),
@@ -142,7 +143,7 @@ def _adapters(values: Values) -> Iterator[Ours | Said]:
 MLX_LM = System(
     name="mlx-lm",
     title="mlx-lm",
-    tables=frozenset({"lora_parameters"}),
+    tables=frozenset({"lora_parameters", "lr_schedule", "optimizer_config"}),
     settings=table(
         ("model", same("model_name")),
         ("data", same("train_path")),
