@@ -104,17 +104,21 @@ def _validation_rows(config: PPOConfig, *, needed: bool) -> Any:
 
 
 def _rewards(config: PPOConfig, checkpoint: Checkpoint) -> Any:
-    from rewards.composition import RewardSet
+    """What to judge by: the config's rewards, else those that the run wrote down; nothing is loaded yet."""
+    from ppo_trainer.reward_sources import build_rewards
 
     if config.rewards:
-        return RewardSet.build(config.rewards, config.reward_weights)
+        build_rewards(config.rewards, config)
+        return config.rewards
+    asked: Any = checkpoint.rewards or "well_formed"
     try:
-        return RewardSet.build(checkpoint.rewards or "well_formed")
+        build_rewards(asked, config.replace(reward_weights=None))
     except InvalidConfigurationError as error:
         raise InvalidConfigurationError(
             f"rewards: the run was trained with {', '.join(checkpoint.rewards)}, of which one cannot be found by its "
             f"name; give it with --reward FILE.py:NAME ({error})"
         ) from error
+    return asked
 
 
 def _output_file(folder: str, checkpoint: str) -> Path:
@@ -147,11 +151,14 @@ def _validate(
     from data_loading.prepared_prompts import PreparedPrompts
     from ppo_trainer.evaluator import Evaluator
     from ppo_trainer.generator import Generator
+    from ppo_trainer.reward_sources import build_rewards
 
     prompts = PreparedPrompts(
         policy.tokenizer, rows, max_prompt_length=config.max_prompt_length, overflow=config.prompt_overflow
     )
-    metrics = Evaluator(Generator(policy, config), rewards, reference, config).evaluate(prompts)
+    weights = config.reward_weights if config.rewards else None
+    judges = build_rewards(rewards, config.replace(reward_weights=weights), policy.base)
+    metrics = Evaluator(Generator(policy, config), judges, reference, config).evaluate(prompts)
     _show("validation", metrics)
     return metrics
 

@@ -76,13 +76,13 @@ def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig
     """
     from command_line.checks import check_model, check_output, digit_rows, read_rows
     from ppo_trainer.reference import check_reference_path
-    from rewards.composition import RewardSet
+    from ppo_trainer.reward_sources import build_rewards
 
     config, _ = resolved(loaded)
     check_model(config)
     check_reference_path(config)
     check_output(config.output_dir)
-    rewards = RewardSet.build(config.rewards or "well_formed", config.reward_weights)
+    rewards = build_rewards(config.rewards or "well_formed", config)
     if own_prompts and not (config.train_path or config.dataset_name) and "digits" in str(config.rewards):
         return config, rewards, digit_rows(config)
     return config, rewards, read_rows(config, "prompts")
