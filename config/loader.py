@@ -198,7 +198,7 @@ def _translated(
     for system in (SYSTEMS[name] for name in dict.fromkeys(one.system for one in given) if name is not None):
         result: Translation = system.translate(theirs.get(system.name, {}))
         ours += result.settings
-        if system.preset is not None:
+        if system.preset is not None and issubclass(cls, PPOConfig):
             below = f"{system.title}'s default (preset {system.preset})"
             ours += _from_file(cls, preset_path(system.preset), 0, None, below)
             notes.append(
@@ -222,11 +222,11 @@ def _chosen(cls: type[Declaration], given: Sequence[Given], notes: list[str]) ->
         if one.name not in options:
             if one.name not in elsewhere:
                 raise InvalidConfigurationError(_unknown(cls, one))
-            if one.origin.kind == "command line":
+            if one.origin.kind == "command line" and one.system is None:
                 raise InvalidConfigurationError(
                     f"{one.place}: {cls.__name__} has no {one.name}; leave it out"
                 )
-            if one.origin.kind == "file":
+            if one.origin.kind in ("file", "command line"):
                 notes.append(f"{one.place}: {one.name} is of another stage; {cls.__name__} has no use for it")
             continue
         before = chosen.get(one.name)

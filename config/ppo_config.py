@@ -321,6 +321,11 @@ class PPOConfig(TrainingConfig):
         return self.rollout_policy == "copy" or self.quantize_for_rollouts
 
     @property
+    def uses_kl(self) -> bool:
+        """Whether a KL enters what is optimised; of a resolved config."""
+        return self.kl_placement in ("reward", "loss") and self.kl_coef > 0 and self.reference != "none"
+
+    @property
     def correction(self) -> str:
         """The importance correction in force: ``importance_correction`` with ``auto`` worked out."""
         if self.importance_correction != "auto":

@@ -122,13 +122,12 @@ def schedule(values: Values, name: str = "lr_schedule_config") -> Iterator[Ours 
         yield Said(names, f"the warm-up starts at 1/warmup of the peak, not at {table['warmup_init']}")
 
 
-def scheduled(name: str = "lr_schedule_config") -> Together:
+SCHEDULED = "`lr_schedule`, `lr_end`, `lr_decay_steps`, `warmup_steps`"
+
+
+def scheduled() -> Together:
     """The schedule as one entry of a table."""
-    return (
-        Together(schedule)
-        if name == "lr_schedule_config"
-        else Together(lambda values: schedule(values, name))
-    )
+    return Together(schedule, SCHEDULED)
 
 
 def learning_rate_itself(values: Values) -> Iterator[Ours | Said]:

@@ -56,20 +56,26 @@ SYSTEM = System(
     preset="mlx_grpo",
     tables=frozenset({"lr_schedule_config"}),
     settings=table(
-        (("model_path", "ref_model_path"), Together(reference_model("model_path", "ref_model_path"))),
+        (
+            ("model_path", "ref_model_path"),
+            Together(reference_model("model_path", "ref_model_path"), "`model_name`, `reference_path`"),
+        ),
         ("train_dataset_path", same("train_path")),
         ("val_dataset_path", same("val_path")),
         ("dataset_prompt_key", same("prompt_column")),
         ("dataset_answer_key", same("completion_column")),
         ("resume_from_checkpoint", NO_RESUME),
-        ("max_prompt_len", Together(keeping_the_end("max_prompt_len"))),
+        (
+            "max_prompt_len",
+            Together(keeping_the_end("max_prompt_len"), "`max_prompt_length`, `prompt_overflow`"),
+        ),
         ("max_gen_len", same("max_new_tokens")),
         (
             "max_kv_size",
             Ignored("every completion has room for max_prompt_length + max_new_tokens keys and values"),
         ),
         ("init_new_embeddings_with_mean", NO_NEW_TOKENS),
-        ("learning_rate", Together(learning_rate_itself)),
+        ("learning_rate", Together(learning_rate_itself, "`learning_rate`")),
         ("lr_schedule_config", scheduled()),
         ("grad_clip_norm", or_off("max_grad_norm")),
         ("optimizer_beta1", same("adam_beta1")),
@@ -78,13 +84,17 @@ SYSTEM = System(
         (
             ("ppo_batch_size", "grad_accum_steps"),
             Together(
-                prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples", (2, 1, 2))
+                prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples", (2, 1, 2)),
+                "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
             ),
         ),
         ("sampling_temperature", same("temperature")),
         (
             ("sampling_top_p", "sampling_min_p"),
-            Together(truncated_sampling(top_p="sampling_top_p", min_p="sampling_min_p")),
+            Together(
+                truncated_sampling(top_p="sampling_top_p", min_p="sampling_min_p"),
+                "ours of the same meaning, with `importance_correction`",
+            ),
         ),
         ("grpo_beta", same("kl_coef")),
         (("use_speculative_decoding", "draft_model_path", "num_draft_tokens"), NO_SPECULATION),
@@ -93,12 +103,12 @@ SYSTEM = System(
         ("num_training_steps", same("num_steps")),
         ("save_every", NO_CHECKPOINTS),
         ("eval_every", NO_EVALUATION),
-        ("seed", Together(random_if_negative)),
+        ("seed", Together(random_if_negative, "`seed`; -1 draws one")),
         ("use_grad_checkpointing", same("gradient_checkpointing")),
         ("grad_checkpoint_layers", Ignored("gradient_checkpointing is about every block or none")),
-        ((*REWARDS, *TAGS), Together(_rewards)),
+        ((*REWARDS, *TAGS), Together(_rewards, "`rewards`")),
         (("use_wandb", "wandb_project", "wandb_entity", "wandb_run_name"), NO_TRACKER),
-        ("use_lora", Together(adapters_or_all)),
+        ("use_lora", Together(adapters_or_all, "`fine_tune_type`")),
         ("lora_rank", same("lora_r")),
     ),
     flags=(

@@ -54,11 +54,12 @@ SYSTEM = System(
     preset="mlx_grpo_gsm8k",
     headings=frozenset({"mlx_grpo"}),
     settings=table(
-        (("output_dir", "run_name"), Together(_folder)),
+        (("output_dir", "run_name"), Together(_folder, "`output_dir`, one within the other")),
         (
             ("batch_size", "gradient_accumulation_steps"),
             Together(
-                prompts_per_step("batch_size", "gradient_accumulation_steps", "num_generations", (1, 4, 64))
+                prompts_per_step("batch_size", "gradient_accumulation_steps", "num_generations", (1, 4, 64)),
+                "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
             ),
         ),
         (
@@ -68,7 +69,7 @@ SYSTEM = System(
         ("logging_steps", ALWAYS_LOGGED),
         ("log_jsonl", ALWAYS_LOGGED),
         ("num_generations", same("group_size")),
-        (("max_new_tokens", "max_completion_length"), Together(_longest)),
+        (("max_new_tokens", "max_completion_length"), Together(_longest, "`max_new_tokens`")),
         ("clip_eps", same("clip_epsilon")),
         ("kl_coeff", same("kl_coef")),
         ("lr_scheduler_type", Renamed("lr_schedule", _schedule)),

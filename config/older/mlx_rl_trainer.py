@@ -172,9 +172,9 @@ SYSTEM = System(
     headings=frozenset({"trainer", "generation", "monitoring", "checkpointing"}),
     settings=table(
         # trainer
-        ("algorithm", Together(_algorithm)),
+        ("algorithm", Together(_algorithm, "`algorithm`, `surrogate`")),
         ("num_training_steps", same("num_steps")),
-        ("learning_rate", Together(learning_rate_itself)),
+        ("learning_rate", Together(learning_rate_itself, "`learning_rate`")),
         ("optimizer_beta1", same("adam_beta1")),
         ("optimizer_beta2", same("adam_beta2")),
         ("optimizer_weight_decay", same("weight_decay")),
@@ -183,20 +183,24 @@ SYSTEM = System(
         (
             ("ppo_batch_size", "grad_accum_steps"),
             Together(
-                prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples", (1, 1, 2))
+                prompts_per_step("ppo_batch_size", "grad_accum_steps", "num_rollout_samples", (1, 1, 2)),
+                "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
             ),
         ),
-        ("num_rollout_samples", Together(_group)),
+        ("num_rollout_samples", Together(_group, "`group_size`, at least 2")),
         ("grpo_beta", same("kl_coef")),
-        ("seed", Together(random_if_negative)),
+        ("seed", Together(random_if_negative, "`seed`; -1 draws one")),
         ("use_compile", NO_SWITCH),
         (
             "reward_smoothing_window",
             Ignored("rewards are not averaged over calls: an advantage has to see each completion's own"),
         ),
-        (DUAL, Together(_dual_gradients)),
-        (SFT, Together(_sft_on_answer)),
-        (THINKING_PENALTY, Together(_thinking_penalty)),
+        (DUAL, Together(_dual_gradients, "**not there**: gradients of thinking and answer apart")),
+        (SFT, Together(_sft_on_answer, "**not there**: a supervised loss beside the policy's")),
+        (
+            THINKING_PENALTY,
+            Together(_thinking_penalty, "**not there**: the reward `thinking_quality` judges lengths"),
+        ),
         (
             (
                 "train_layer_start",
@@ -213,9 +217,9 @@ SYSTEM = System(
         # model
         (
             ("model_path", "ref_model_path"),
-            Together(reference_model("model_path", "ref_model_path")),
+            Together(reference_model("model_path", "ref_model_path"), "`model_name`, `reference_path`"),
         ),
-        ("use_lora", Together(adapters_or_all)),
+        ("use_lora", Together(adapters_or_all, "`fine_tune_type`")),
         ("lora_rank", same("lora_r")),
         (
             ("lora_scale_by_rank",),
@@ -223,7 +227,7 @@ SYSTEM = System(
         ),
         (
             ("lora_target_modules",),
-            Ignored("adapters are put on every linear layer of a block"),
+            Missing("adapters are put on every linear layer of a block, whatever is listed"),
         ),
         # generation
         (BIASES, Missing("biases on tags and phrases while sampling are not available yet; none is added")),
@@ -245,15 +249,19 @@ SYSTEM = System(
             Together(
                 truncated_sampling(
                     top_p="top_p", top_k="top_k", min_p="min_p", repetition_penalty="repetition_penalty"
-                )
+                ),
+                "ours of the same meaning, with `importance_correction`",
             ),
         ),
         ("repetition_context_size", same("repetition_context")),
         (("xtc_probability", "xtc_threshold"), Missing("XTC sampling is not available")),
         (("allow_tool_calls", "tool_call_penalty"), Missing("calls of tools are not looked for")),
-        (("rewards", *TAGS), Together(_rewards)),
+        (("rewards", *TAGS), Together(_rewards, "`rewards`")),
         # data
-        ("max_prompt_len", Together(keeping_the_end("max_prompt_len"))),
+        (
+            "max_prompt_len",
+            Together(keeping_the_end("max_prompt_len"), "`max_prompt_length`, `prompt_overflow`"),
+        ),
         ("max_gen_len", same("max_new_tokens")),
         ("loader_type", Ignored("the ending of the path says what the file is")),
         (

@@ -50,17 +50,28 @@ class Ignored(NamedTuple):
 
     why: str
 
+    @property
+    def summary(self) -> str:
+        """For a table of names."""
+        return f"– {self.why}"
+
 
 class Missing(NamedTuple):
     """Of consequence, and not there; nothing is said where it is switched off."""
 
     why: str
 
+    @property
+    def summary(self) -> str:
+        """For a table of names."""
+        return f"**not there**: {self.why}"
+
 
 class Together(NamedTuple):
     """One of the names that ``make`` reads; it is called once."""
 
     make: Callable[[Values], Iterator[Ours | Said]]
+    summary: str  # what they become, for a table of names
 
 
 Meaning = Renamed | Ignored | Missing | Together
@@ -195,7 +206,7 @@ class System:
                 if isinstance(one, Said):
                     said.setdefault((one.text, one.loud), []).extend(one.names)
                 else:
-                    result.settings.append(_as_ours(one, given))
+                    result.settings.append(_as_ours(one, given, self.name))
             made += [meaning.make] if isinstance(meaning, Together) else []
         for (text, loud), names in said.items():
             names = list(dict.fromkeys(names))
@@ -216,10 +227,10 @@ def _means(values: Values, name: str, meaning: Meaning) -> Iterator[Ours | Said]
         yield Said((name,), meaning.why, loud=isinstance(meaning, Missing))
 
 
-def _as_ours(one: Ours, given: Mapping[str, Given]) -> Given:
+def _as_ours(one: Ours, given: Mapping[str, Given], system: str) -> Given:
     first = given[one.names[0]]
     place = first.place if one.names == (one.field,) else f"{first.place} ({', '.join(one.names)})"
     origin = type(first.origin)(first.origin.kind, place)
     # A value that was not converted is still the text of a flag.
     is_text = first.is_text and one.value is first.value
-    return Given(one.field, one.value, origin, first.rank, place, is_text=is_text, system=None)
+    return Given(one.field, one.value, origin, first.rank, place, is_text=is_text, system=system)

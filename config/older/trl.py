@@ -10,6 +10,7 @@ from config.older.meanings import (
     NO_EVALUATION,
     NO_SWITCH,
     NO_TRACKER,
+    SCHEDULED,
     learning_rate_itself,
     prompts_per_step,
     same,
@@ -80,8 +81,8 @@ TRL = System(
     title="TRL",
     settings=table(
         ("model_name_or_path", same("model_name")),
-        ("loss_type", Together(_loss)),
-        ("num_generations", Together(_group)),
+        ("loss_type", Together(_loss, "`algorithm`, `reduction`")),
+        ("num_generations", Together(_group, "`group_size`, `algorithm`")),
         (("max_completion_length", "response_length"), same("max_new_tokens")),
         (
             ("per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -92,7 +93,8 @@ TRL = System(
                     "num_generations",
                     (8, 1, 8),
                     counts_completions=True,
-                )
+                ),
+                "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
             ),
         ),
         ("beta", same("kl_coef")),
@@ -102,7 +104,7 @@ TRL = System(
         (("num_iterations", "num_ppo_epochs"), same("num_epochs_per_rollout")),
         ("importance_sampling_level", Renamed("ratio", _level)),
         ("scale_rewards", Renamed("scale_rewards", _scale)),
-        ("reward_funcs", Together(_rewards)),
+        ("reward_funcs", Together(_rewards, "`rewards`")),
         ("missing_eos_penalty", same("missing_end_penalty")),
         ("num_train_epochs", same("num_epochs")),
         ("max_steps", Renamed("num_steps", lambda values, name: max(values.number(name), 0) or None)),
@@ -115,9 +117,12 @@ TRL = System(
         (("logging_steps", "log_completions"), ALWAYS_LOGGED),
         (("save_steps", "save_strategy", "save_total_limit"), NO_CHECKPOINTS),
         (("eval_steps", "eval_strategy"), NO_EVALUATION),
-        (("use_vllm", "vllm_mode", "bf16", "torch_compile", "dataloader_num_workers"), NO_SWITCH),
+        (("use_vllm", "vllm_mode", "torch_compile", "dataloader_num_workers"), NO_SWITCH),
         (("use_peft",), Ignored("fine_tune_type says it")),
-        ("lora_target_modules", Ignored("adapters are put on every linear layer of a block")),
+        (
+            "lora_target_modules",
+            Missing("adapters are put on every linear layer of a block, whatever is listed"),
+        ),
     ),
 )
 
@@ -149,9 +154,9 @@ MLX_LM = System(
         ("data", same("train_path")),
         ("iters", same("num_steps")),
         ("num_layers", same("lora_layers")),
-        ("lora_parameters", Together(_adapters)),
-        ("learning_rate", Together(learning_rate_itself)),
-        ("lr_schedule", Together(_mlx_lm_schedule)),
+        ("lora_parameters", Together(_adapters, "`lora_r`, `lora_alpha` = scale · rank, `lora_dropout`")),
+        ("learning_rate", Together(learning_rate_itself, "`learning_rate`")),
+        ("lr_schedule", Together(_mlx_lm_schedule, SCHEDULED)),
         (
             "adapter_path",
             Renamed("output_dir", say="there it is where the adapter is written; here final/ in it"),
@@ -164,7 +169,10 @@ MLX_LM = System(
         ("grad_checkpoint", same("gradient_checkpointing")),
         (
             ("batch_size", "grad_accumulation_steps"),
-            Together(prompts_per_step("batch_size", "grad_accumulation_steps", "num_generations")),
+            Together(
+                prompts_per_step("batch_size", "grad_accumulation_steps", "num_generations"),
+                "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
+            ),
         ),
         ("mask_prompt", Ignored("the loss is on completions alone, always")),
         (("train", "test", "config"), Ignored("the subcommand says what is done")),
