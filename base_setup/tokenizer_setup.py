@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from config.errors import DataLoadError, ModelLoadError
+from data_loading.messages import has_half_characters
 from data_loading.schemas import RESERVED_COLUMNS
 from experience_buffer.data_structures import Prompt
 
@@ -218,7 +219,7 @@ def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str
         )
     if not text.strip():
         raise DataLoadError(f"{place}: the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_half_characters(text):
         raise DataLoadError(f"{place}: the text has half a character (a lone surrogate); repair it")
     try:
         ids = encode_prompt(tokenizer, row)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from config.errors import DataLoadError
 from data_loading.json_files import BOM
+from data_loading.messages import has_half_characters
 from data_loading.records import LONGEST_LINE, BadRowError, Record, check_start, open_for_reading, too_long
 
 
@@ -114,7 +115,7 @@ class CsvFile:
 
 def _text(cell: str) -> str:
     """Bytes that are no UTF-8 came through as surrogates; a row with one is refused, not repaired."""
-    if "\0" in cell or any("\udc80" <= character <= "\udcff" for character in cell):
+    if "\0" in cell or has_half_characters(cell):
         raise BadRowError("nul bytes, or not UTF-8; save the file as UTF-8")
     return cell
 

@@ -74,7 +74,7 @@ class JsonLines:
     def _record(number: int, line: bytes, problem: str | None) -> Record:
         if problem is None:
             try:
-                return Record(number, parse_object(decode_line(line)))
+                return Record(number, parse_object(decode_line(line).rstrip("\r\n")))
             except BadRowError as error:
                 problem = str(error)
         return Record(number, None, problem)
@@ -83,7 +83,7 @@ class JsonLines:
         """One line, read and parsed again; a position of its own, so threads do not disturb each other."""
         line = os.pread(self._file.fileno(), self._lengths[number], self._offsets[number])
         try:
-            return parse_object(decode_line(line))
+            return parse_object(decode_line(line).rstrip("\r\n"))
         except BadRowError:
             raise DataLoadError(f"{self.place(number)}: the file has changed since it was checked") from None
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from config.errors import DataLoadError
 from data_loading.records import BadRowError
 
+DEEPEST = 100
+TOO_DEEP = f"lists or objects more than {DEEPEST} deep within each other; flatten them"
 KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
 
 
@@ -54,7 +60,7 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
         BadRowError: with the column in its line and what stands there.
     """
     try:
-        return DECODER.raw_decode(text, start)
+        value, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         found = text[error.pos : error.pos + 20].splitlines() or [""]
         near = f"found {found[0]!r}" if found[0] else "the line ends there"
@@ -62,7 +68,19 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
         reason = error.msg[0].lower() + error.msg[1:]
         raise BadRowError(f"not JSON at column {error.colno} ({reason}; {near}){hint}") from None
     except RecursionError:
-        raise BadRowError("lists or objects nested too deep to be read") from None
+        raise BadRowError(TOO_DEEP) from None
+    if text.count("[", start, end) + text.count("{", start, end) > DEEPEST and _depth(value) > DEEPEST:
+        raise BadRowError(TOO_DEEP)
+    return value, end
+
+
+def _depth(value: Any) -> int:
+    """Lists and objects within each other; counted without recursion, which is what deep ones break."""
+    depth, level = 0, [value]
+    while level := [one for one in level if isinstance(one, (list, dict))]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -84,3 +102,25 @@ def as_object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRowError(f'an object such as {{"prompt": "…"}} is expected, found {kind_of(value)}')
     return value
+
+
+def to_json(fields: Mapping[str, Any], place: str) -> str:
+    """One line that :func:`parse_object` reads back; dates and the like as text.
+
+    Raises:
+        DataLoadError: for what JSON cannot hold, such as NaN or bytes.
+    """
+    try:
+        line = json.dumps(fields, ensure_ascii=False, allow_nan=False, default=_as_text)
+        line.encode("utf-8")
+        return line
+    except UnicodeEncodeError:  # half a character in a column that nobody tokenises
+        return json.dumps(fields, allow_nan=False, default=_as_text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataLoadError(f"{place}: cannot be written as JSON ({error}); leave that column out") from None
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (datetime.date, datetime.time, decimal.Decimal)):
+        return str(value)
+    raise TypeError(f"a value of type {type(value).__name__}")

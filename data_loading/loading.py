@@ -16,7 +16,7 @@ from data_loading.csv_files import CsvFile
 from data_loading.json_files import open_json
 from data_loading.normalising import shared
 from data_loading.records import Source
-from data_loading.rows import Report, Rows, read_rows
+from data_loading.rows import Rows, read_rows
 from data_loading.schemas import Kind
 from data_loading.tables import HubDataset, RowList, Table, open_hub, open_parquet
 from data_loading.token_files import prefix_of
@@ -110,7 +110,9 @@ def split_off(rows: Any, fraction: float, seed: int) -> tuple[Any, Any]:
             f"{fraction:g} of the rows in the second; lower it, or give val_path"
         )
     aside = np.isin(which, taken)
-    return rows.select(np.flatnonzero(~aside)), rows.select(np.flatnonzero(aside))
+    train, validation = rows.select(np.flatnonzero(~aside)), rows.select(np.flatnonzero(aside))
+    train.report = replace(rows.report, used=len(train), set_aside=len(validation))
+    return train, validation
 
 
 def draw(rows: Any, config: DataConfig) -> Any:
@@ -124,12 +126,8 @@ def draw(rows: Any, config: DataConfig) -> Any:
         else np.arange(len(rows))
     )
     drawn = rows.select(np.sort(order[:count]))
-    drawn.report = _with_drawn(rows.report, count)
+    drawn.report = replace(rows.report, used=count, not_drawn=len(rows) - count)
     return drawn
-
-
-def _with_drawn(report: Report, count: int) -> Report:
-    return replace(report, used=count, not_drawn=report.used - count)
 
 
 def _seed(config: DataConfig) -> int:
@@ -151,7 +149,7 @@ def _sources(config: DataConfig) -> tuple[Any, Any | None]:
     validation = config.val_path
     folder = Path(config.train_path).expanduser()
     if validation is None and not config.validation_fraction and folder.is_dir():
-        validation = config.train_path if _split_file(folder, "valid") else None
+        validation = config.train_path if split_file(folder, "valid") else None
     return config.train_path, validation
 
 
@@ -188,7 +186,7 @@ def _is_path(source: Any) -> bool:
 def _open_path(path: Path, split: str) -> Source:
     try:
         if path.is_dir():
-            found = _split_file(path, split)
+            found = split_file(path, split)
             if found is None:
                 names = sorted(p.name for p in path.iterdir())[:10]
                 raise DataLoadError(
@@ -213,7 +211,7 @@ def _open_path(path: Path, split: str) -> Source:
     return reader(path)
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
+def split_file(folder: Path, split: str) -> Path | None:
     """The file of a split: train.jsonl and so on, with any of the endings, one alone."""
     for stem in SPLIT_FILES.get(split, (split,)):
         for suffix in READERS:

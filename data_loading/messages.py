@@ -16,9 +16,18 @@ def check_text(text: str, name: str, *, empty: bool = False) -> str:
     """A text that can be tokenised: whole characters, and not blank unless ``empty``."""
     if not empty and not text.strip():
         raise BadRowError(f'"{name}" is empty; a text is expected')
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_half_characters(text):
         raise BadRowError(f'"{name}" has half a character (a lone surrogate); repair the text')
     return text
+
+
+def has_half_characters(text: str) -> bool:
+    """Whether a surrogate stands alone in it: such a text has no UTF-8, and no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_chat(chat: Any, name: str) -> list[Message]:

@@ -6,7 +6,7 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 
 # isort: split
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
@@ -23,6 +23,73 @@ from experience_buffer.data_structures import Prompt
 
 Item = TypeVar("Item")
 Overflow = Literal["error", "keep_end", "drop"]
+OnBadRow = Literal["error", "skip"]
+
+
+class Fitting:
+    """What becomes of prompts that are too long or cannot be used, and a count of them.
+
+    Attributes:
+        seen: prompts so far. cut: those of which only the last ``limit`` tokens are left. dropped: left out as too
+            long. bad: left out because they cannot be used. problem: the first sentence about one of those.
+    """
+
+    def __init__(self, limit: int, overflow: Overflow, on_bad_row: OnBadRow) -> None:
+        self.limit, self.overflow, self.on_bad_row = limit, overflow, on_bad_row
+        self.seen = self.cut = self.dropped = self.bad = 0
+        self.problem = ""
+
+    def encode(self, tokenizer: TokenizerWrapper, index: int, row: Any, place: str) -> Prompt | None:
+        """The prompt of a row, at most ``limit`` tokens of it; None: it is left out."""
+        self.seen += 1
+        try:
+            prompt = prepare_prompt(tokenizer, index, row, place)
+        except DataLoadError as error:
+            if self.on_bad_row == "error":
+                raise
+            self.bad += 1
+            self.problem = self.problem or str(error)
+            return None
+        if len(prompt.ids) <= self.limit:
+            return prompt
+        if self.overflow == "error":
+            check_length(len(prompt.ids), place, self.limit)
+        if self.overflow == "drop":
+            self.dropped += 1
+            return None
+        self.cut += 1
+        return self.shortened(prompt)
+
+    def known(self, lengths: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
+        """(N,) bool: which prompts of these lengths stay, where the tokens are there already."""
+        too_long = lengths > self.limit
+        self.seen += len(lengths)
+        if self.overflow == "error" and too_long.any():
+            first = int(too_long.argmax())
+            check_length(int(lengths[first]), place(first), self.limit)
+        if self.overflow == "drop":
+            self.dropped += int(too_long.sum())
+            return ~too_long
+        self.cut += int(too_long.sum())
+        return np.ones(len(lengths), dtype=bool)
+
+    def shortened(self, prompt: Prompt) -> Prompt:
+        """The end of a prompt: a question stands at its end, and so does a template's call for an answer."""
+        return prompt if len(prompt.ids) <= self.limit else replace(prompt, ids=prompt.ids[-self.limit :])
+
+    def __str__(self) -> str:
+        """A line for each kind of prompt that did not fit; empty where all did."""
+        over = f"of {self.seen} prompts have more than {self.limit} tokens (max_prompt_length)"
+        sentences = []
+        if self.cut:
+            sentences.append(f"{self.cut} {over}: their last {self.limit} were kept")
+        if self.dropped:
+            sentences.append(f"{self.dropped} {over}: they were left out")
+        if self.bad:
+            sentences.append(
+                f"{self.bad} of {self.seen} prompts cannot be used and were left out; first: {self.problem}"
+            )
+        return "\n".join(sentences)
 
 
 class PreparedPrompts(Sequence[Prompt]):
@@ -32,7 +99,7 @@ class PreparedPrompts(Sequence[Prompt]):
     Reading, which may wait for a disk, is what ``batches`` leaves to another thread.
 
     Attributes:
-        cut: prompts of which only the last ``max_prompt_length`` tokens are left. dropped: prompts left out.
+        fitting: how many were cut or left out.
     """
 
     def __init__(
@@ -42,6 +109,7 @@ class PreparedPrompts(Sequence[Prompt]):
         *,
         max_prompt_length: int,
         overflow: Overflow = "error",
+        on_bad_row: OnBadRow = "error",
     ) -> None:
         """
         Args:
@@ -52,45 +120,30 @@ class PreparedPrompts(Sequence[Prompt]):
         """
         check_sequence(prompts)
         self._tokenizer, self._rows = tokenizer, prompts
-        self._limit, self._overflow = max_prompt_length, overflow
+        self.fitting = Fitting(max_prompt_length, overflow, on_bad_row)
         self._kept: dict[int, Prompt] | None = None if isinstance(prompts, (Rows, TokenRows)) else {}
-        lengths = self._lengths()
-        too_long = np.flatnonzero(lengths > max_prompt_length)
-        if too_long.size and overflow == "error":
-            first = int(too_long[0])
-            check_length(int(lengths[first]), self._place(first), max_prompt_length)
-        self.cut = len(too_long) if overflow == "keep_end" else 0
-        self.dropped = len(too_long) if overflow == "drop" else 0
-        fitting = np.arange(len(lengths))
-        self._indices = np.delete(fitting, too_long) if overflow == "drop" else fitting
+        self._indices = np.flatnonzero(self._usable())
         if not len(self._indices):
-            raise DataLoadError(
-                f"prompts: all {len(lengths)} are longer than max_prompt_length ({max_prompt_length} tokens); raise it"
-            )
+            raise DataLoadError(f"prompts: none of {len(prompts)} can be used: {self.fitting}")
 
-    def _lengths(self) -> np.ndarray:
-        """(N,) tokens of every prompt; each is encoded, and so checked, unless its tokens are known."""
+    def _usable(self) -> np.ndarray:
+        """(N,) bool; every prompt is encoded, and so checked, unless its tokens are known."""
         if isinstance(self._rows, TokenRows):
             self._rows.check_tokenizer(fingerprint(self._tokenizer), len(self._tokenizer))
-            return self._rows.prompt_lengths
-        lengths = np.zeros(len(self._rows), dtype=np.int64)
+            return self.fitting.known(self._rows.prompt_lengths, self._rows.place)
+        usable = np.zeros(len(self._rows), dtype=bool)
         for index, row in enumerate(self._rows):
-            prompt = self._encode(index, row)
-            lengths[index] = len(prompt.ids)
-            if self._overflow == "error":  # a million rows need not be read to refuse the first
-                check_length(len(prompt.ids), self._place(index), self._limit)
-            if self._kept is not None:
-                self._kept[index] = self._shortened(prompt)
-        return lengths
+            prompt = self.fitting.encode(self._tokenizer, index, row, self._place(index))
+            usable[index] = prompt is not None
+            if self._kept is not None and prompt is not None:
+                self._kept[index] = prompt
+        return usable
 
     def _place(self, index: int) -> str:
         return self._rows.place(index) if isinstance(self._rows, (Rows, TokenRows)) else f"prompts[{index}]"
 
     def _encode(self, index: int, row: Any) -> Prompt:
-        return prepare_prompt(self._tokenizer, index, row, self._place(index))
-
-    def _shortened(self, prompt: Prompt) -> Prompt:
-        return prompt if len(prompt.ids) <= self._limit else replace(prompt, ids=prompt.ids[-self._limit :])
+        return self.fitting.shortened(prepare_prompt(self._tokenizer, index, row, self._place(index)))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -105,7 +158,7 @@ class PreparedPrompts(Sequence[Prompt]):
         index = int(self._indices[position])
         if self._kept is not None:
             return self._kept[index]
-        return self._shortened(self._encode(index, self._rows[index]))
+        return self._encode(index, self._rows[index])
 
     def batches(self, order: Sequence[int], size: int, depth: int) -> Generator[list[Prompt], None, None]:
         """The prompts at these positions, ``size`` at a time, up to ``depth`` batches read ahead."""
@@ -119,17 +172,7 @@ class PreparedPrompts(Sequence[Prompt]):
 
         with closing(prefetched(read, parts, depth)) as batches:
             for rows in batches:
-                yield [self._shortened(self._encode(index, row)) for index, row in rows]
-
-    def __str__(self) -> str:
-        """What became of prompts that were too long; empty where none was."""
-        total = len(self._indices) + self.dropped
-        over = f"of {total} prompts have more than {self._limit} tokens (max_prompt_length)"
-        if self.cut:
-            return f"{self.cut} {over}: their last {self._limit} were kept"
-        if self.dropped:
-            return f"{self.dropped} {over}: they were left out"
-        return ""
+                yield [self._encode(index, row) for index, row in rows]
 
 
 class Reordered(Sequence[Item]):

@@ -6,19 +6,19 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 
 # isort: split
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from base_setup.tokenizer_setup import encode, fingerprint
+from base_setup.tokenizer_setup import encode, encode_pair, fingerprint
 from config.errors import DataLoadError
 from config.training_config import TrainingConfig
+from data_loading.json_text import to_json
 from data_loading.loading import load_data
-from data_loading.prepared_prompts import PreparedPrompts
+from data_loading.prepared_prompts import Fitting
 from data_loading.rows import Rows
 from data_loading.schemas import Kind
 from data_loading.token_rows import TokenRows
@@ -98,8 +98,8 @@ def _write_text(path: Path, rows: Rows) -> Written:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".writing")
     with unfinished.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        for index, row in enumerate(rows):
+            file.write(to_json(row, rows.place(index)) + "\n")
     os.replace(unfinished, path)
     return Written(str(path), len(rows), None)
 
@@ -114,27 +114,35 @@ def _write_tokens(
 ) -> Written:
     if kind == "preferences":
         raise DataLoadError(f"{prefix}: preferences are written as text; let the output end in .jsonl")
-    prompts = PreparedPrompts(
-        tokenizer, rows, max_prompt_length=config.max_prompt_length, overflow=config.prompt_overflow
-    )
-    if str(prompts):
-        notes.append(str(prompts))
     description = {"fingerprint": fingerprint(tokenizer), "model_name": config.model_name}
     with TokenWriter(prefix, description) as writer:
-        for ids, completion, columns in _token_rows(prompts, tokenizer):
+        for ids, completion, columns in _encoded(rows, tokenizer, config, kind, notes):
             writer.add(ids, completion, columns)
     return Written(f"{prefix}_prompts.npy …", writer.rows, writer.tokens)
 
 
-def _token_rows(
-    prompts: PreparedPrompts, tokenizer: TokenizerWrapper
-) -> Iterator[tuple[tuple[int, ...], list[int] | None, Mapping[str, Any]]]:
-    """Ids of prompt and completion, without an end token, and the other fields."""
-    for prompt in prompts:
+def _encoded(
+    rows: Rows, tokenizer: TokenizerWrapper, config: TrainingConfig, kind: Kind, notes: list[str]
+) -> Iterator[tuple[Sequence[int], list[int] | None, Mapping[str, Any]]]:
+    """Ids of prompt and completion, the latter without an end token, and the other fields."""
+    if kind == "pairs":
+        for index, row in enumerate(rows):
+            try:
+                ids, completion = encode_pair(tokenizer, row)
+            except DataLoadError as error:
+                raise DataLoadError(f"{rows.place(index)}: {error}") from error
+            yield ids, completion[:-1], {}
+        return
+    fitting = Fitting(config.max_prompt_length, config.prompt_overflow, config.on_bad_row)
+    for index, row in enumerate(rows):
+        prompt = fitting.encode(tokenizer, index, row, rows.place(index))
+        if prompt is None:
+            continue
         columns = dict(prompt.columns)
-        completion = columns.get("completion")
-        if isinstance(completion, str):
+        answer = columns.get("completion")
+        if isinstance(answer, str):
             del columns["completion"]
-            yield prompt.ids, encode(tokenizer, completion), columns
+            yield prompt.ids, encode(tokenizer, answer), columns
         else:
             yield prompt.ids, None, columns
+    notes += [str(fitting)] if str(fitting) else []

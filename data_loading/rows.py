@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -25,8 +26,8 @@ class Report:
     Attributes:
         rows: rows in the file, blank lines apart. used: rows for the trainer that came of them.
         filtered: left out by filter_keywords. skipped: left out because they cannot be used.
-        bad_places: where each of the skipped rows is. problems: the first sentences about them.
-        not_drawn: left out by max_samples.
+        bad_records: number of each skipped record; ``Source.place`` has its line. problems: sentences about the first.
+        not_drawn: left out by max_samples. set_aside: for validation.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Report:
     filtered: int = 0
     skipped: int = 0
     not_drawn: int = 0
+    set_aside: int = 0
     problems: list[str] = field(default_factory=list)
     bad_records: array[int] = field(default_factory=lambda: array("q"))
 
@@ -44,6 +46,7 @@ class Report:
         for count, what in (
             (self.filtered, "left out by filter_keywords"),
             (self.not_drawn, "left out by max_samples"),
+            (self.set_aside, "set aside for validation"),
             (self.skipped, "bad and skipped"),
         ):
             if count:
@@ -67,17 +70,24 @@ class Rows(Sequence[Row]):
         convert: Callable[[Mapping[str, Any]], list[Row]],
         records: np.ndarray,
         parts: np.ndarray,
-        keys: np.ndarray,
         report: Report,
     ) -> None:
         """
         Args:
             records: (N,) the source's record of each row. parts: (N,) which of the rows that the record becomes.
-            keys: (N,) uint64, equal where prompts are, up to case and spaces (``normalising.prompt_key``).
         """
         self._source, self._convert = source, convert
-        self.records, self.parts, self.keys = records, parts, keys
+        self.records, self.parts = records, parts
         self.report = report
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """(N,) uint64, equal where prompts are, up to case and spaces; reads every row when first asked for."""
+        return np.fromiter((prompt_key(row) for row in self), np.uint64, len(self))
+
+    def bad_places(self) -> list[str]:
+        """Where each of the rows is that were skipped."""
+        return [self._source.place(number) for number in self.report.bad_records]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -104,14 +114,10 @@ class Rows(Sequence[Row]):
     def select(self, indices: np.ndarray) -> Rows:
         """Some of the rows, in this order."""
         report = Report(self.report.name, self.report.schema, rows=len(indices), used=len(indices))
-        return Rows(
-            self._source,
-            self._convert,
-            self.records[indices],
-            self.parts[indices],
-            self.keys[indices],
-            report,
-        )
+        chosen = Rows(self._source, self._convert, self.records[indices], self.parts[indices], report)
+        if "keys" in self.__dict__:  # known already: not read for them again
+            chosen.__dict__["keys"] = self.keys[indices]
+        return chosen
 
 
 class Scan:
@@ -125,10 +131,10 @@ class Scan:
         self.report = Report(source.name)
         self.schema: Schema | None = None
         self._words = [word.casefold() for word in config.filter_keywords or ()]
-        self._index = array("q"), array("q"), array("Q")
+        self._records, self._parts = array("q"), array("q")
 
-    def __iter__(self) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:
-        """Each usable record with the rows that it becomes."""
+    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any], list[Row]]]:
+        """Each usable record, by number and fields, with the rows that it becomes."""
         for number, fields, problem in self.source.scan():
             self.report.rows += 1
             if fields is not None and self._words and _mentions(fields, self._words):
@@ -139,14 +145,12 @@ class Scan:
                     raise BadRowError(problem)
                 rows = self.convert(fields)
             except BadRowError as error:
-                self._bad(number, str(error))
+                self.bad(number, str(error))
                 continue
-            key = prompt_key(rows[0])
-            for part in range(len(rows)):
-                for values, value in zip(self._index, (number, part, key), strict=True):
-                    values.append(value)
+            self._records.extend([number] * len(rows))
+            self._parts.extend(range(len(rows)))
             self.report.used += len(rows)
-            yield fields, rows
+            yield number, fields, rows
 
     def convert(self, fields: Mapping[str, Any]) -> list[Row]:
         """A record's rows. The first usable record fixes the schema for all."""
@@ -161,7 +165,8 @@ class Scan:
         self.schema, self.report.schema = schema, schema.name
         return rows
 
-    def _bad(self, number: int, reason: str) -> None:
+    def bad(self, number: int, reason: str) -> None:
+        """Count a record that cannot be used, or refuse the file for it."""
         sentence = f"{self.source.place(number)}: {reason}"
         if not self.skips:
             raise DataLoadError(f'{sentence} (on_bad_row="skip" leaves such rows out)')
@@ -172,8 +177,7 @@ class Scan:
 
     def rows(self) -> Rows:
         """What has been found usable so far."""
-        records, parts, keys = (np.array(values) for values in self._index)
-        return Rows(self.source, self.convert, records, parts, keys, self.report)
+        return Rows(self.source, self.convert, np.array(self._records), np.array(self._parts), self.report)
 
 
 def read_rows(source: Source, config: DataConfig, kind: Kind) -> Rows:

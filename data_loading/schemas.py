@@ -45,6 +45,11 @@ SIMPLEST: Mapping[Kind | None, tuple[str, ...]] = {
     "pairs": ("prompt", "completion"),
     "preferences": ("prompt", "chosen", "rejected"),
 }
+LOADERS: Mapping[Kind, str] = {
+    "prompts": "load_prompts",
+    "pairs": "load_pairs",
+    "preferences": "load_preferences",
+}
 WANTED = {
     "prompts": "a prompt",
     "pairs": "a prompt and its completion",
@@ -271,8 +276,7 @@ def _present(schema: Schema, fields: Fields, config: DataConfig) -> int:
 
 
 def _other_use(schema: Schema) -> str:
-    function = {"prompts": "load_prompts", "pairs": "load_pairs", "preferences": "load_preferences"}
-    return "; it is read by " + " or ".join(function[use] for use in schema.uses)
+    return "; it is read by " + " or ".join(LOADERS[use] for use in schema.uses)
 
 
 #: What other collections call the same column.

@@ -16,7 +16,7 @@ from data_loading.token_files import TokenFiles, part_path
 
 
 class TokenRows(Sequence[Row]):
-    """Rows with ``prompt_ids`` and, where there are any, ``completion_ids`` (int32 arrays); other fields as text had."""
+    """Rows with ``prompt_ids`` and, where there are any, ``completion_ids`` (int32); other fields as they were."""
 
     def __init__(self, files: TokenFiles, records: np.ndarray | None = None) -> None:
         self.files = files

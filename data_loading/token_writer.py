@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from data_loading.json_text import to_json
 from data_loading.token_files import PARTS, part_path
 
 
@@ -64,7 +65,7 @@ class TokenWriter:
         self, prompt: Sequence[int], completion: Sequence[int] | None, columns: Mapping[str, Any]
     ) -> None:
         """One row. ``completion``: None where rows have none."""
-        data = np.frombuffer(json.dumps(columns, ensure_ascii=False).encode(), dtype=np.uint8)
+        data = np.frombuffer(to_json(columns, f"row {self.rows + 1}").encode(), dtype=np.uint8)
         for part, values, there in (
             ("prompts", prompt, True),
             ("completions", completion or (), completion is not None),

@@ -376,9 +376,10 @@ class PPOTrainer:
             prompts,
             max_prompt_length=self.config.max_prompt_length,
             overflow=self.config.prompt_overflow,
+            on_bad_row=self.config.on_bad_row,
         )
-        if str(prepared):
-            print(prepared)  # what was cut or left out is never silent, whatever verbose says
+        if str(prepared.fitting):
+            print(prepared.fitting)  # what was cut or left out is never silent, whatever verbose says
         return prepared
 
     def _batches(self, prompts: PreparedPrompts, told: Callbacks) -> Iteration[list[Prompt], None, None]:
