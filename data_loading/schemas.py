@@ -24,7 +24,19 @@ Row = dict[str, Any]
 Convert = Callable[[Fields, DataConfig], list[Row]]
 
 #: What every reward is offered besides the fields of the prompts' rows.
-RESERVED_COLUMNS = frozenset({"self", "prompts", "completions", "prompt_ids", "completion_ids", "terminated"})
+RESERVED_COLUMNS = frozenset(
+    {
+        "self",
+        "prompts",
+        "completions",
+        "prompt_ids",
+        "completion_ids",
+        "terminated",
+        "log_extra",
+        "log_metric",
+        "trainer_state",
+    }
+)
 
 #: The columns that a file without any of the schemas is asked for.
 SIMPLEST: Mapping[Kind | None, tuple[str, ...]] = {
