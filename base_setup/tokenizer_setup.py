@@ -6,6 +6,8 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 
 # isort: split
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from config.errors import DataLoadError, ModelLoadError
+from data_loading.messages import has_half_characters
+from data_loading.schemas import RESERVED_COLUMNS
 from experience_buffer.data_structures import Prompt
-
-#: What every reward is offered besides the fields of the prompts' rows.
-RESERVED_COLUMNS = frozenset({"self", "prompts", "completions", "prompt_ids", "completion_ids", "terminated"})
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -79,14 +80,14 @@ def encode(tokenizer: TokenizerWrapper, text: str, *, special: bool = False) -> 
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of a prompt: a plain text, or chat messages through the tokenizer's own template."""
+    """Ids of a prompt: a plain text, or chat messages through the tokenizer's own template.
+
+    A tokenizer without one gets the messages as the text of :func:`plain_chat`.
+    """
     if isinstance(prompt, str):
         return encode(tokenizer, prompt, special=True)
     if getattr(tokenizer, "chat_template", None) is None:
-        raise DataLoadError(
-            "a prompt is a list of chat messages but the tokenizer has no chat template; "
-            "pass the prompt as one string"
-        )
+        return encode(tokenizer, plain_chat(prompt), special=True)
     try:
         # As in encode(): control tokens that a message spells out stay text, only the template writes real ones.
         ids = tokenizer.apply_chat_template(
@@ -98,63 +99,141 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | Sequence[Mapping[st
     return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
 
 
-def prepare_prompts(
-    tokenizer: TokenizerWrapper, prompts: Sequence[Any], *, max_prompt_length: int
-) -> list[Prompt]:
-    """Check and encode what a user calls prompts.
+def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages as text, for a tokenizer that has no chat template.
 
-    Args:
-        prompts: strings, lists of chat messages, or mappings with a ``prompt`` of either kind, whose other
-            fields reach the reward as columns.
-    Raises:
-        DataLoadError: with the row's number, for no prompts at all, a row of another type, an empty
-            prompt, or one longer than ``max_prompt_length`` tokens.
+    >>> plain_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}])
+    'Be brief.\\n\\nUser: 2 + 2?\\nAssistant: '
     """
+    lines = []
+    for message in messages:
+        role, content = str(message.get("role", "user")), message["content"]
+        lines.append(f"{content}\n\n" if role == "system" else f"{role.capitalize()}: {content}\n")
+    return "".join([*lines, "Assistant: "])
+
+
+def encode_pair(
+    tokenizer: TokenizerWrapper, row: Mapping[str, Any], answer: str = "completion"
+) -> tuple[list[int], list[int]]:
+    """Ids of a row's prompt and of one of its answers, which is closed by the end token.
+
+    A row may hold them already (``prompt_ids``, ``completion_ids``), or be one ``text``, all of it answer: its
+    first token then stands for the prompt, since nothing comes before it that it could be predicted from.
+
+    Raises:
+        DataLoadError: for a missing field, one of another type, or nothing to learn.
+    """
+    end = answer_end_id(tokenizer)
+    if "prompt_ids" in row:
+        if "completion_ids" not in row:
+            raise DataLoadError(
+                "the pre-tokenised row has a prompt and no completion; preprocess rows with both"
+            )
+        return list(map(int, row["prompt_ids"])), [*map(int, row["completion_ids"]), end]
+    if "text" in row and "prompt" not in row:
+        ids = encode(tokenizer, _string(row, "text"), special=True)
+        return ids[:1], [*ids[1:], end]
+    completion = [*encode(tokenizer, _string(row, answer)), end]
+    if is_chat(row.get("prompt")):
+        return encode_prompt(tokenizer, row["prompt"]), completion
+    return encode(tokenizer, _string(row, "prompt"), special=True), completion
+
+
+def _string(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise DataLoadError(f'"{name}" must be a string, found {value!r:.80}')
+    return value
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether this is a list of messages, each with its content."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) and "content" in message for message in prompt)
+    )
+
+
+def fingerprint(tokenizer: TokenizerWrapper) -> str:
+    """Equal for two tokenizers that make the same ids of texts and chats: SHA-256 of vocabulary, template, a probe."""
+    described = json.dumps(
+        {
+            "vocabulary": sorted(tokenizer.get_vocab().items()),
+            "template": str(getattr(tokenizer, "chat_template", None)),
+            "probe": encode(
+                tokenizer, "Größe: 1,234.5 naïve\n\n\tint x = 7;  你好 🙂 the quick brown fox", special=True
+            ),
+        }
+    )
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def check_sequence(prompts: Any) -> None:
+    """Refuse what is no list of prompts."""
     if isinstance(prompts, str):
         raise DataLoadError("prompts: a list of prompts is expected, found one string; write [prompt]")
     if not isinstance(prompts, Sequence):
         raise DataLoadError(f"prompts: a list of prompts is expected, found {type(prompts).__name__}")
     if len(prompts) == 0:
         raise DataLoadError("prompts: the list is empty; at least one prompt is needed")
-    return [_prepare(tokenizer, i, row, max_prompt_length) for i, row in enumerate(prompts)]
 
 
-def _prepare(tokenizer: TokenizerWrapper, index: int, row: Any, limit: int) -> Prompt:
+def check_length(tokens: int, place: str, limit: int) -> None:
+    """Refuse a prompt of too many tokens."""
+    if tokens > limit:
+        raise DataLoadError(
+            f"{place}: {tokens} tokens, but max_prompt_length is {limit}; shorten the prompt, raise the limit, or "
+            'choose prompt_overflow="keep_end" or "drop"'
+        )
+
+
+def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str) -> Prompt:
+    """One prompt, checked and encoded, of whatever length. ``place`` begins every sentence about it."""
     columns: dict[str, Any] = {}
     if isinstance(row, Mapping):
+        if "prompt_ids" in row and "prompt" not in row:
+            return _from_ids(tokenizer, index, row)
         if "prompt" not in row:
             raise DataLoadError(
-                f'prompts[{index}]: "prompt" is missing (fields: {", ".join(map(str, row)) or "none"})'
+                f'{place}: "prompt" is missing (fields: {", ".join(map(str, row)) or "none"})'
             )
         columns = {k: v for k, v in row.items() if k != "prompt"}
         taken = sorted(RESERVED_COLUMNS & columns.keys())
         if taken:
             raise DataLoadError(
-                f'prompts[{index}]: the field "{taken[0]}" has the name of something that rewards are given '
+                f'{place}: the field "{taken[0]}" has the name of something that rewards are given '
                 "anyway; rename it"
             )
         row = row["prompt"]
+    messages: tuple[Mapping[str, Any], ...] | None = None
     if isinstance(row, str):
         text = row
-    elif isinstance(row, Sequence) and row and all(isinstance(m, Mapping) and "content" in m for m in row):
+    elif is_chat(row):
         text = "\n".join(str(m["content"]) for m in row)
+        messages = tuple(row)
     else:
         raise DataLoadError(
-            f"prompts[{index}]: a string or a list of chat messages is expected, found {type(row).__name__}"
+            f"{place}: a string or a list of chat messages is expected, found {type(row).__name__}"
         )
     if not text.strip():
-        raise DataLoadError(f"prompts[{index}]: the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataLoadError(f"prompts[{index}]: the text has half a character (a lone surrogate); repair it")
+        raise DataLoadError(f"{place}: the prompt is empty")
+    if has_half_characters(text):
+        raise DataLoadError(f"{place}: the text has half a character (a lone surrogate); repair it")
     try:
         ids = encode_prompt(tokenizer, row)
     except DataLoadError as error:
-        raise DataLoadError(f"prompts[{index}]: {error}") from error
+        raise DataLoadError(f"{place}: {error}") from error
     if not ids:
-        raise DataLoadError(f"prompts[{index}]: the tokenizer makes nothing of the text {text!r:.40}")
-    if len(ids) > limit:
-        raise DataLoadError(
-            f"prompts[{index}]: {len(ids)} tokens, but max_prompt_length is {limit}; "
-            "shorten the prompt or raise the limit"
-        )
-    return Prompt(index=index, text=text, ids=tuple(ids), columns=columns)
+        raise DataLoadError(f"{place}: the tokenizer makes nothing of the text {text!r:.40}")
+    return Prompt(index=index, text=text, ids=tuple(ids), columns=columns, messages=messages)
+
+
+def _from_ids(tokenizer: TokenizerWrapper, index: int, row: Mapping[str, Any]) -> Prompt:
+    """A pre-tokenised prompt; what rewards read is decoded from its ids."""
+    columns = {k: v for k, v in row.items() if k not in ("prompt_ids", "completion_ids")}
+    if "completion_ids" in row:
+        columns["completion"] = tokenizer.decode([int(i) for i in row["completion_ids"]])
+    ids = tuple(int(i) for i in row["prompt_ids"])
+    return Prompt(index=index, text=tokenizer.decode(list(ids)), ids=ids, columns=columns)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Self, TypeVar, dataclass_transform
+from typing import Annotated, Any, Self, TypeVar, dataclass_transform, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -21,9 +21,12 @@ from config.errors import InvalidConfigurationError
 T = TypeVar("T")
 
 
-def option(*, default: Any, meaning: str) -> Any:
-    """A field with its default and its one line of documentation (meaning, unit, range, paper symbol)."""
-    return Field(default=default, description=meaning)
+def option(*, default: Any, meaning: str, section: str | None = None) -> Any:
+    """A field with its default and its one line of documentation (meaning, unit, range, paper symbol).
+
+    ``section`` is the heading under which help, files and documents show this field and those declared after it.
+    """
+    return Field(default=default, description=meaning, json_schema_extra={"section": section})
 
 
 def _not_bool(value: Any) -> Any:
@@ -40,11 +43,13 @@ def _all_or_some(value: int) -> int:
 
 
 _number = BeforeValidator(_not_bool)
-PositiveInt = Annotated[int, _number, Field(gt=0)]
-AtLeastTwo = Annotated[int, _number, Field(ge=2)]
-NonNegativeInt = Annotated[int, _number, Field(ge=0)]
-LayerCount = Annotated[int, _number, AfterValidator(_all_or_some)]
+INT32 = 1 << 31  # counts and lengths become sizes of arrays
+PositiveInt = Annotated[int, _number, Field(gt=0, lt=INT32)]
+AtLeastTwo = Annotated[int, _number, Field(ge=2, lt=INT32)]
+NonNegativeInt = Annotated[int, _number, Field(ge=0, lt=INT32)]
+LayerCount = Annotated[int, _number, Field(lt=INT32), AfterValidator(_all_or_some)]
 Seed = Annotated[int, _number, Field(ge=0, lt=1 << 64)]
+FiniteFloat = Annotated[float, _number, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, _number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, _number, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, _number, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -58,21 +63,36 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
-def _sentence(error: ValidationError, cls: type) -> str:
+def shown(value: Any) -> str:
+    """What was found, short enough for a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out whole numbers of thousands of digits
+        text = f"a whole number of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _problems(error: ValidationError, cls: type) -> list[tuple[str, str]]:
+    """For each mistake the field, or "" where several are at odds, and a sentence."""
     names = [f.name for f in dataclasses.fields(cls)]
-    parts = []
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+    problems = []
+    for problem in error.errors(include_url=False):
+        path = [str(part) for part in problem["loc"]]
+        field = path[0] if path else ""
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            parts.append(f'{cls.__name__} has no field "{field}"{nearest(field, names)}')
+            inner = get_type_hints(cls).get(field) if len(path) > 1 else None  # of a config within the config
+            valid = [f.name for f in dataclasses.fields(inner)] if dataclasses.is_dataclass(inner) else names
+            where = cls.__name__ if inner is None else field
+            problems.append((field, f'{where} has no field "{path[-1]}"{nearest(path[-1], valid)}'))
             continue
         if problem["type"] == "value_error":  # a sentence of our own
             reason = str(problem["ctx"]["error"])
         else:
             reason = problem["msg"][0].lower() + problem["msg"][1:]
-        found = "" if problem["loc"] == () else f" (found {problem['input']!r})"
-        parts.append(reason if problem["loc"] == () else f"{field}: {reason}{found}")
-    return "; ".join(parts)
+        problems.append(
+            (field, f"{'.'.join(path)}: {reason} (found {shown(problem['input'])})" if path else reason)
+        )
+    return problems
 
 
 class Declaration:
@@ -114,7 +134,9 @@ def declared(cls: type[T]) -> type[T]:
         try:
             validate(self, **values)
         except ValidationError as error:
-            raise InvalidConfigurationError(_sentence(error, made)) from None
+            problems = _problems(error, made)
+            message = "; ".join(sentence for _, sentence in problems)
+            raise InvalidConfigurationError(message, problems) from None
         # The dataclass is frozen, hence object.__setattr__.
         object.__setattr__(self, "_explicit", frozenset(values))
 

@@ -7,13 +7,23 @@ these is a bug of ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ToolkitError(Exception):
     """Base of every error that this project raises on purpose."""
 
 
 class InvalidConfigurationError(ToolkitError, ValueError):
-    """An option has a value that cannot work; the message names the field, the value and the range."""
+    """An option has a value that cannot work; the message names the field, the value and the range.
+
+    ``problems`` has a (field, sentence) for each mistake where they are known apart, the field "" where several
+    are at odds.
+    """
+
+    def __init__(self, message: str, problems: Iterable[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class ModelLoadError(ToolkitError):
@@ -33,4 +43,11 @@ class TrainingRuntimeError(ToolkitError):
 
 
 class RewardError(TrainingRuntimeError):
-    """A reward misbehaved; the message names the reward, the row and the value."""
+    """A reward misbehaved; the message names the reward, the row and the value.
+
+    ``row`` is the number of the row, where one is to blame.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from config.declaration import (
+    FiniteFloat,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,6 +17,7 @@ from config.declaration import (
     declared,
     option,
 )
+from config.reward_entries import Rewards
 from config.training_config import TrainingConfig
 
 
@@ -28,14 +30,19 @@ class PPOConfig(TrainingConfig):
     """
 
     algorithm: str = option(
+        section="method",
         default="ppo",
         meaning="A row of ppo_trainer/algorithms.py: ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, gdpo, "
         "opo, rloo, reinforce, reinforce_pp, reinforce_pp_baseline, remax.",
     )
+    num_epochs: PositiveInt = option(default=10, meaning="Passes over the prompts.")
+    num_steps: PositiveInt | None = option(
+        default=None,
+        meaning="Batches of rollouts in place of num_epochs, however many passes they take; none = num_epochs.",
+    )
 
-    # Rollouts
     max_new_tokens: PositiveInt = option(
-        default=50, meaning="Longest completion, in tokens, the end token included."
+        section="rollouts", default=50, meaning="Longest completion, in tokens, the end token included."
     )
     group_size: PositiveInt = option(default=1, meaning="Completions sampled per prompt (G).")
     temperature: PositiveFloat = option(
@@ -80,6 +87,7 @@ class PPOConfig(TrainingConfig):
     importance_correction: Literal[
         "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = option(
+        section="sampler",
         default="auto",
         meaning="Weight of each token, exp(trainer's - sampler's logprob), truncated at importance_cap or zero outside "
         "[importance_floor, importance_cap], per token or per sequence; auto = token_truncate for a copy, else none.",
@@ -96,8 +104,8 @@ class PPOConfig(TrainingConfig):
         meaning="Train although the distribution sampled from is not the policy's and nothing corrects for it.",
     )
 
-    # Dynamic sampling
     dynamic_sampling: bool = option(
+        section="groups",
         default=False,
         meaning="Replace groups whose raw scores are all equal by further prompts' until batch_size groups are live.",
     )
@@ -109,8 +117,7 @@ class PPOConfig(TrainingConfig):
         meaning="Name of the reward whose equality makes a group dead; none = the weighted sum of all.",
     )
 
-    # Advantages
-    gamma: Fraction = option(default=0.99, meaning="Discount per token (gamma).")
+    gamma: Fraction = option(section="advantages", default=0.99, meaning="Discount per token (gamma).")
     lam: Fraction = option(default=0.95, meaning="Trace decay of generalised advantage estimation (lambda).")
     whiten_advantages: bool = option(
         default=False, meaning="Scale the batch's advantages to mean 0 and variance 1 over its tokens."
@@ -123,9 +130,27 @@ class PPOConfig(TrainingConfig):
         default=1e-4, meaning="Added to the standard deviation that divides (epsilon)."
     )
 
-    # Scores
-    reward_weights: list[float] | None = option(
-        default=None, meaning="Weight of each reward, in order; none = 1 each."
+    rewards: Rewards | None = option(
+        section="scores",
+        default=None,
+        meaning="Rewards, added up: names, or {name, weight, config}; none = the one given to PPOTrainer, else the "
+        "answer's form.",
+    )
+    reward_weights: list[FiniteFloat] | None = option(
+        section="scores", default=None, meaning="Weight of each reward, in order; none = 1 each."
+    )
+    reward_composition: Literal["weighted_sum", "weighted_mean_clip01", "sum"] = option(
+        default="weighted_sum",
+        meaning="How rewards become one score: their weighted sum, their weighted mean limited to [0, 1], or their "
+        "plain sum.",
+    )
+    reward_timeout: PositiveFloat | None = option(
+        default=600.0, meaning="Seconds that one reward may take for a batch; none = no limit."
+    )
+    on_reward_error: Literal["stop", "skip"] = option(
+        default="stop",
+        meaning="When a reward raises, returns no number or runs out of time: end the run, or leave its rows out of "
+        "what is learned and count them.",
     )
     score_while_decoding: bool = option(
         default=False,
@@ -162,9 +187,8 @@ class PPOConfig(TrainingConfig):
         default=False, meaning="Scale the per-token rewards to variance 1 over the batch, keeping their mean."
     )
 
-    # KL to the reference
     kl_coef: NonNegativeFloat = option(
-        default=0.1, meaning="Weight of the KL to the reference, per token (beta)."
+        section="kl", default=0.1, meaning="Weight of the KL to the reference, per token (beta)."
     )
     kl_placement: Literal["reward", "loss", "none"] | None = option(
         default=None, meaning="Where the KL goes; none = where the algorithm has it."
@@ -204,9 +228,8 @@ class PPOConfig(TrainingConfig):
         meaning="Share of the policy in a refreshed reference (alpha); below 1 an exponential average.",
     )
 
-    # Updates
     num_epochs_per_rollout: PositiveInt = option(
-        default=1, meaning="Passes over each batch of rollouts (mu, or K epochs)."
+        section="updates", default=1, meaning="Passes over each batch of rollouts (mu, or K epochs)."
     )
     minibatch_size: PositiveInt | None = option(
         default=None, meaning="Completions per optimiser step; none = all of the batch's."
@@ -253,7 +276,7 @@ class PPOConfig(TrainingConfig):
     sapo_temperature_neg: PositiveFloat = option(
         default=1.05, meaning="Steepness of SAPO's gate where the advantage is not positive (tau)."
     )
-    entropy_coef: float = option(default=0.0, meaning="Weight of the entropy bonus per token (c2).")
+    entropy_coef: FiniteFloat = option(default=0.0, meaning="Weight of the entropy bonus per token (c2).")
     top_entropy_quantile: OpenFraction = option(
         default=1.0, meaning="Share of the batch's tokens, of highest entropy, that the policy learns from."
     )
@@ -266,8 +289,8 @@ class PPOConfig(TrainingConfig):
         meaning="A minibatch whose mean ratio exceeds it is not learned from; none = every one is.",
     )
 
-    # Value network
     value_network: Literal["separate", "shared"] = option(
+        section="critic",
         default="separate",
         meaning="A network of its own (adapter and head), or a head on the policy's trunk.",
     )
@@ -286,8 +309,8 @@ class PPOConfig(TrainingConfig):
         meaning="First steps in which only the value network learns, so that the policy starts with a critic.",
     )
 
-    # Evaluation
     eval_temperature: NonNegativeFloat | None = option(
+        section="evaluation",
         default=None,
         meaning="Temperature of evaluate(): 0 = the likeliest token; none = the training temperature.",
     )
@@ -296,6 +319,11 @@ class PPOConfig(TrainingConfig):
     def samples_from_copy(self) -> bool:
         """Whether something other than the policy itself samples."""
         return self.rollout_policy == "copy" or self.quantize_for_rollouts
+
+    @property
+    def uses_kl(self) -> bool:
+        """Whether a KL enters what is optimised; of a resolved config."""
+        return self.kl_placement in ("reward", "loss") and self.kl_coef > 0 and self.reference != "none"
 
     @property
     def correction(self) -> str:

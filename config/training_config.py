@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
+from config.data_config import DataConfig
 from config.declaration import (
     BelowOne,
-    Declaration,
     Fraction,
     LayerCount,
     NonNegativeFloat,
@@ -21,11 +23,11 @@ from config.model_config import ModelConfig
 
 
 @declared
-class TrainingConfig(Declaration):
+class TrainingConfig(DataConfig):
     """Options of every stage. One declaration is the default, the type, the range and the help."""
 
-    # Model
     model_name: str = option(
+        section="model",
         default="Qwen/Qwen3-0.6B-Base",
         meaning='A Hugging Face name, a local folder, or "embedded" for a small model made on the spot.',
     )
@@ -33,7 +35,7 @@ class TrainingConfig(Declaration):
         default=ModelConfig.tiny(), meaning='Architecture used when model_name is "embedded".'
     )
     adapter_path: str | None = option(
-        default=None, meaning="Folder of an adapter to start from (mlx-lm format)."
+        section="adapter", default=None, meaning="Folder of an adapter to start from (mlx-lm format)."
     )
     fine_tune_type: Literal["lora", "full"] = option(
         default="lora", meaning="What trains: low-rank adapters or every weight."
@@ -51,14 +53,13 @@ class TrainingConfig(Declaration):
         default=-1, meaning="How many blocks get adapters, counted from the last; -1 = all."
     )
 
-    # Batches and lengths
-    batch_size: PositiveInt = option(default=4, meaning="Rows (in RL: prompts) per step.")
+    batch_size: PositiveInt = option(section="batches", default=4, meaning="Rows (in RL: prompts) per step.")
     micro_batch_size: PositiveInt | None = option(
         default=None,
         meaning="Rows per forward and backward pass; gradients add up to the whole batch's. None = all at once.",
     )
     max_prompt_length: PositiveInt = option(
-        default=512, meaning="Longest prompt, in tokens; longer ones are refused."
+        default=512, meaning="Longest prompt, in tokens; prompt_overflow says what happens to longer ones."
     )
 
     gradient_checkpointing: bool = option(
@@ -68,13 +69,23 @@ class TrainingConfig(Declaration):
     )
 
     # Optimiser (AdamW with bias correction)
-    learning_rate: PositiveFloat = option(default=1e-5, meaning="Peak step size of AdamW (alpha).")
+    learning_rate: PositiveFloat = option(
+        section="optimiser", default=1e-5, meaning="Peak step size of AdamW (alpha)."
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
         default="constant",
-        meaning="Course of the learning rate after the warm-up: level, or down to 0 at the last step.",
+        meaning="Course of the learning rate after the warm-up: level, or down to lr_end.",
+    )
+    lr_end: NonNegativeFloat = option(default=0.0, meaning="Where a linear or cosine schedule ends.")
+    lr_decay_steps: PositiveInt | None = option(
+        default=None,
+        meaning="Optimiser steps after the warm-up until lr_end is reached, level from there; none = all there are.",
     )
     warmup_steps: NonNegativeInt = option(
         default=0, meaning="Optimiser steps over which the learning rate rises from 0."
+    )
+    warmup_ratio: BelowOne = option(
+        default=0.0, meaning="The same as a share of all optimiser steps; for one of the two."
     )
     max_grad_norm: PositiveFloat | None = option(
         default=1.0, meaning="The gradient is scaled down to this global L2 norm when longer; none = never."
@@ -96,8 +107,7 @@ class TrainingConfig(Declaration):
         meaning="Updates in a row that may be skipped for a loss or gradient that is not finite before stopping.",
     )
 
-    # Run
-    seed: Seed = option(default=0, meaning="Everything random follows from it.")
+    seed: Seed = option(section="run", default=0, meaning="Everything random follows from it.")
     output_dir: str | None = option(
         default=None,
         meaning="Run folder for metrics, samples, config and weights; none = runs/<stage>-<date>-<time>.",
@@ -107,3 +117,17 @@ class TrainingConfig(Declaration):
         default=10, meaning="Steps between rows of samples.jsonl; 0 = never."
     )
     max_logged_samples: PositiveInt = option(default=5, meaning="Completions written each time.")
+
+    @model_validator(mode="after")
+    def _schedule_is_one(self) -> TrainingConfig:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps, warmup_ratio: both say how long the warm-up is ({self.warmup_steps} steps, "
+                f"{self.warmup_ratio} of all); give one of them"
+            )
+        if self.lr_end > self.learning_rate:
+            raise ValueError(
+                f"lr_end: at most learning_rate ({self.learning_rate}) is expected, found {self.lr_end}; a schedule "
+                "falls"
+            )
+        return self

@@ -234,19 +234,24 @@ def _check(n: int, multiple_of: int, noise: float, min_length: int, max_length: 
 # Command line ----------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags, each with its default."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.digits_data",
-        description="Write train, valid and test files for the digit task.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser.add_argument(
+        "--num-samples",
+        "-n",
+        type=int,
+        default=100,
+        help="sequences in each of the three files (default 100)",
     )
     parser.add_argument(
-        "--num-samples", "-n", type=int, default=100, help="sequences in each of the three files"
+        "--min-length", type=int, default=5, help="fewest numbers after the first (default 5)"
     )
-    parser.add_argument("--min-length", type=int, default=5, help="fewest numbers after the first")
-    parser.add_argument("--max-length", type=int, default=15, help="most numbers after the first")
-    parser.add_argument("--noise", type=float, default=0.2, help="probability that a number is arbitrary")
+    parser.add_argument(
+        "--max-length", type=int, default=15, help="most numbers after the first (default 15)"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.2, help="probability that a number is arbitrary (default 0.2)"
+    )
     parser.add_argument(
         "--largest-first", type=int, help="the first number is at most this, before it is moved to a multiple"
     )
@@ -254,36 +259,46 @@ def build_parser() -> argparse.ArgumentParser:
         "--noise-around",
         choices=("zero", "last"),
         default="zero",
-        help="arbitrary numbers are drawn from -100 to 100, or within 50 of the number before",
+        help="arbitrary numbers are drawn from -100 to 100 (zero, the default), or within 50 of the number before",
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument(
         "--increasing", "-i", action="store_true", help="each number greater than the last"
     )
     direction.add_argument("--decreasing", "-d", action="store_true", help="each number less than the last")
-    parser.add_argument("--multiple-of", type=int, default=1, help="what every number is a multiple of")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="where to write them")
-    return parser
+    parser.add_argument(
+        "--multiple-of", type=int, default=1, help="what every number is a multiple of (default 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files (default 0)")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="where to write them (default .)")
+
+
+def write(options: argparse.Namespace) -> dict[str, Path]:
+    """Write the files that the flags describe; the path of each split."""
+    return write_splits(
+        options.folder,
+        num_samples=options.num_samples,
+        increasing=options.increasing,
+        multiple_of=options.multiple_of,
+        noise=options.noise,
+        noise_around=options.noise_around,
+        largest_first=options.largest_first,
+        min_length=options.min_length,
+        max_length=options.max_length,
+        seed=options.seed,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the files that the flags describe and say where they are."""
-    parser = build_parser()
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.digits_data",
+        description="Write train, valid and test files for the digit task.",
+    )
+    add_options(parser)
     options = parser.parse_args(arguments)
     try:
-        paths = write_splits(
-            options.folder,
-            num_samples=options.num_samples,
-            increasing=options.increasing,
-            multiple_of=options.multiple_of,
-            noise=options.noise,
-            noise_around=options.noise_around,
-            largest_first=options.largest_first,
-            min_length=options.min_length,
-            max_length=options.max_length,
-            seed=options.seed,
-        )
+        paths = write(options)
     except ToolkitError as error:
         parser.error(str(error))
     for path in paths.values():

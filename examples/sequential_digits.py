@@ -33,10 +33,11 @@ from examples.digits_data import digit_prompt_splits, generate_sequences, split_
 from models.policy_model import PolicyModel
 from models.reward_model import RewardModel
 from models.sft_model import LanguageModel, load_language_model, save_language_model
-from monitoring.console import Progress, StageConsole
-from monitoring.metrics_file import MetricsFile, read_metrics
+from monitoring.console import StageConsole
+from monitoring.metrics_file import read_metrics
 from monitoring.plots import plot_training
 from monitoring.samples import before_after_table
+from monitoring.step_log import StepLog, StepProgress
 from ppo_trainer.ppo_trainer import PPOTrainer
 from rewards.sequential_digits import digit_score
 from training.reward_trainer import RewardTrainer
@@ -193,7 +194,7 @@ class Demo:
         self.console.stage("SFT", "imitate growing sequences, odd and even alike")
         trainer = SFTTrainer(base, config)
         with self.console.progress(config.num_steps, "SFT") as progress:
-            log = _StepLog(self.output / "sft" / "metrics.jsonl", progress, {"loss": "loss"})
+            log = StepLog(self.output / "sft" / "metrics.jsonl", progress, {"loss": "loss"})
             trainer.train(imitation_rows(4000, self.seed), log)
         held_out = trainer.loss(imitation_rows(200, self.seed + 1_000_003))
         self.console.note(f"held-out loss {held_out:.3f} nats per token")
@@ -212,7 +213,7 @@ class Demo:
         trainer = RewardTrainer(sft, config)
         rows = scored_rows(12_000, self.seed)
         with self.console.progress(config.num_steps, "reward model") as progress:
-            log = _StepLog(
+            log = StepLog(
                 self.output / "reward_model" / "metrics.jsonl",
                 progress,
                 {"loss": "loss", "accuracy": "accuracy"},
@@ -234,7 +235,7 @@ class Demo:
         trainer = PPOTrainer(config, model=sft, reward_model=reward)
         total = epochs * -(-len(self.prompts) // config.batch_size)
         with self.console.progress(total, algorithm.upper()) as progress:
-            result = trainer.train(self.prompts, num_epochs=epochs, callbacks=[_Steps(progress)])
+            result = trainer.train(self.prompts, num_epochs=epochs, callbacks=[StepProgress(progress)])
         records = [r for r in read_metrics(self.output / algorithm / "metrics.jsonl") if "kind" not in r]
         self.console.curve("reward", [r["reward"] for r in records])
         self._evaluate(algorithm, trainer.policy, reference=sft)
@@ -298,39 +299,6 @@ class Demo:
             "KL to SFT (nats)": "–" if row["kl"] is None else f"{row['kl']:.1f}",
             "length (tokens)": f"{row['length']:.1f}",
         }
-
-
-class _StepLog:
-    """Writes a supervised stage's metrics down and shows some of them."""
-
-    def __init__(self, path: Path, progress: Progress, shown: Mapping[str, str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = MetricsFile(path)
-        self.progress = progress
-        self.shown = shown
-
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.file.write({"step": step, **metrics})
-        self.progress.update(
-            step, "  ".join(f"{label} {metrics[key]:.3f}" for key, label in self.shown.items())
-        )
-
-
-class _Steps:
-    """Shows reward, KL and entropy as training goes on."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_step_end(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of progress."""
-        shown = {
-            "reward": "reward",
-            "objective/kl": "kl",
-            "entropy": "entropy",
-        }  # no entropy in a warm-up step
-        parts = [f"{label} {metrics[key]:.2f}" for key, label in shown.items() if key in metrics]
-        self.progress.update(step, "  ".join(parts))
 
 
 def _empty_folder(folder: Path) -> Path:

@@ -24,6 +24,7 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)  # further fields of its row, for rewards
+    messages: tuple[Mapping[str, Any], ...] | None = None  # of a prompt that is a conversation
 
 
 @dataclass(frozen=True)

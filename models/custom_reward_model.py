@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rewards.text_utils import text_of
+
 
 class CustomRewardModel:
     """Prefers answers of about ``target_words`` different words that end by themselves.
@@ -28,14 +30,14 @@ class CustomRewardModel:
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
         terminated: Sequence[bool] | None = None,
         **columns: Any,
     ) -> list[float]:
         """One score per completion."""
         ended = terminated if terminated is not None else [True] * len(completions)
-        return [self.judge(text, end) for text, end in zip(completions, ended, strict=True)]
+        return [self.judge(text_of(text), end) for text, end in zip(completions, ended, strict=True)]
 
     def judge(self, text: str, ended: bool) -> float:
         """The score of one answer."""

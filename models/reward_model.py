@@ -17,6 +17,7 @@ from config.training_config import TrainingConfig
 from models.policy_model import right_padded_lengths
 from models.scalar_head import ScalarHead, load_head, require_trunk, save_head, trunk_width
 from models.sft_model import LanguageModel, load_language_model, share_weights
+from rewards.text_utils import prompt_text_of, text_of
 from token_attribution.extractor import pad_sequences
 
 HEAD, SETTINGS = "reward_head.safetensors", "reward_config.json"
@@ -73,8 +74,8 @@ class RewardModel:
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
         *,
         prompt_ids: Sequence[Sequence[int]] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
@@ -82,7 +83,9 @@ class RewardModel:
     ) -> list[float]:
         """Score answers: their own tokens where given, else the texts, encoded and closed by an end token."""
         if prompt_ids is None or completion_ids is None:
-            return self.score_texts(prompts, completions)
+            return self.score_texts(
+                [prompt_text_of(prompt) for prompt in prompts], [text_of(text) for text in completions]
+            )
         return self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
 
     def score_texts(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -100,8 +103,10 @@ class RewardModel:
         if tokenizer.get_vocab() == self.tokenizer.get_vocab():
             return self
 
-        def reward_model(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-            return self.score_texts(prompts, completions)
+        def reward_model(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+            return self.score_texts(
+                [prompt_text_of(prompt) for prompt in prompts], [text_of(text) for text in completions]
+            )
 
         return reward_model
 
@@ -120,6 +125,15 @@ class RewardModel:
         save_head(self.module.head, folder / HEAD)
         settings = {"gain": self.gain, "bias": self.bias, "config": self.config.as_dict()}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def base_name(folder: str | Path) -> str | None:
+        """The base model that a saved reward model is an adapter of; None where the folder does not say."""
+        try:
+            settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+            return str(settings["config"]["model_name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> RewardModel:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from monitoring.metrics_file import JsonLines, plain
 
-FIELDS = ("step", "prompt", "completion", "score", "components", "terminated", "n_tokens")
+FIELDS = ("step", "prompt", "completion", "score", "components", "terminated", "n_tokens", "extra")
 # Characters that change how the text around them is shown: directions, line and paragraph separators.
 _DISRUPTIVE = set(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff"
@@ -43,6 +43,7 @@ class SamplesFile(JsonLines):
                     "components": {str(name): plain(value) for name, value in components.items()},
                     "terminated": plain(sample.get("terminated")),
                     "n_tokens": plain(sample.get("n_tokens")),
+                    "extra": {str(name): plain(value) for name, value in (sample.get("extra") or {}).items()},
                 }
             )
 

@@ -46,6 +46,11 @@ class Algorithm:
     kl_estimator: Literal["k1", "k2", "k3", "k3_plain", "abs", "mse", "full"] = "k3"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of PPOConfig's fields, where nobody set them
 
+    @property
+    def advantage(self) -> str:
+        """What its credit is called, for ``config.formula`` to write down."""
+        return getattr(self.credit, "__name__", type(self.credit).__name__)
+
     def columns(self) -> dict[str, Any]:
         """The options of ``PPOConfig`` that this row answers: its columns, then its further defaults."""
         names = ("ratio", "surrogate", "reduction", "kl_placement", "kl_estimator")

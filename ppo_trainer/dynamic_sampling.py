@@ -10,7 +10,7 @@ from config.declaration import nearest
 from config.errors import InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Prompt, Rollout
-from rewards.composition import ScoredBatch, joined
+from rewards.scored_batch import ScoredBatch, joined
 
 #: (prompts, number of the first member) -> rollouts of their groups, group after group.
 Generate = Callable[[Sequence[Prompt], int], list[Rollout]]
@@ -48,7 +48,7 @@ def collect_live_groups(
         for start in range(0, len(rollouts), config.group_size):
             rows = range(start, start + config.group_size)
             if _is_live(scored, rows, config.dynamic_sampling_reward) and len(live) < wanted:
-                live.append(([rollouts[i] for i in rows], _rows(scored, rows)))
+                live.append(([rollouts[i] for i in rows], scored.rows(rows)))
                 taken.add(rollouts[start].prompt.index)
         sampled += len(waiting)
         batches += 1
@@ -110,8 +110,3 @@ def _by_first_member(
     offsets = [members.get(prompt.index, 0) for prompt in prompts]
     for offset in sorted(set(offsets)):
         yield offset, [p for p, mine in zip(prompts, offsets, strict=True) if mine == offset]
-
-
-def _rows(scored: ScoredBatch, rows: range) -> ScoredBatch:
-    pick = list(rows)
-    return ScoredBatch(scored.total[pick], {k: v[pick] for k, v in scored.components.items()})

@@ -12,7 +12,8 @@ from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Prompt, Rollout
 from models.policy_model import FrozenPolicy
 from ppo_trainer.generator import Generator
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch
 from token_attribution.extractor import extract
 
 #: Evaluation has random numbers of its own, so it never disturbs or repeats those of training steps.
@@ -20,14 +21,20 @@ EVALUATION_STEP = 1 << 31
 
 
 def score_rollouts(rewards: RewardSet, rollouts: Sequence[Rollout]) -> ScoredBatch:
-    """Call the rewards with everything that rollouts know, dataset columns as keyword lists."""
+    """Call the rewards with everything that rollouts know, dataset columns as keyword lists.
+
+    As in TRL, a prompt that is a conversation arrives as its messages and its completion as the assistant's.
+    """
     columns: dict[str, list[Any]] = {
         key: [r.prompt.columns.get(key) for r in rollouts]
         for key in dict.fromkeys(k for r in rollouts for k in r.prompt.columns)
     }
     return rewards.score(
-        [r.prompt.text for r in rollouts],
-        [r.text for r in rollouts],
+        [r.prompt.text if r.prompt.messages is None else list(r.prompt.messages) for r in rollouts],
+        [
+            r.text if r.prompt.messages is None else [{"role": "assistant", "content": r.text}]
+            for r in rollouts
+        ],
         **{
             **columns,
             "prompt_ids": [list(r.prompt.ids) for r in rollouts],
@@ -47,18 +54,43 @@ def sample_records(rollouts: Sequence[Rollout], scored: ScoredBatch, count: int)
             "components": {name: float(values[i]) for name, values in scored.components.items()},
             "terminated": r.terminated,
             "n_tokens": len(r.completion_ids),
+            "extra": {name: values[i] for name, values in (scored.extra or {}).items()},
         }
         for i, r in enumerate(rollouts[:count])
     ]
 
 
-def score_metrics(rewards: RewardSet, scored: ScoredBatch) -> dict[str, float]:
-    """Mean and spread of the total and of each component, over the rows they apply to."""
-    metrics = {"reward": _mean(scored.total), "reward_std": _std(scored.total)}
+def score_metrics(
+    rewards: RewardSet, scored: ScoredBatch, groups: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Mean and spread of the total and of each component over the rows they apply to, and how many those are.
+
+    ``groups``: the group of each row, where they are to be compared with one another.
+    """
+    metrics = dict(scored.measured or {})  # first, so that no reward can overwrite a number of ours
+    metrics |= {"reward": _mean(scored.total), "reward_std": _std(scored.total)}
     for name in rewards.names:
-        metrics[f"rewards/{name}/mean"] = _mean(scored.components[name])
-        metrics[f"rewards/{name}/std"] = _std(scored.components[name])
+        values = scored.components[name]
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+        metrics[f"rewards/{name}/std"] = _std(values)
+        metrics[f"rewards/{name}/applied"] = float(np.mean(~np.isnan(values))) if values.size else 0.0
+        if groups is not None:
+            metrics[f"rewards/{name}/frac_zero_std"] = _frac_without_spread(values, np.asarray(groups))
+    metrics["reward_errors"] = float(np.sum(scored.failed)) if scored.failed is not None else 0.0
     return metrics
+
+
+def _frac_without_spread(values: np.ndarray, groups: np.ndarray) -> float:
+    """Share of the rows that a reward applies to in whose group it says one thing only; NaN for no rows."""
+    applies = ~np.isnan(values)
+    values, groups = values[applies].astype(np.float64), groups[applies]
+    if not values.size:
+        return float("nan")
+    _, group = np.unique(groups, return_inverse=True)
+    least, most = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
+    np.minimum.at(least, group, values)
+    np.maximum.at(most, group, values)
+    return float(np.mean((most - least)[group] < 1e-8))
 
 
 def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -19,7 +19,8 @@ from ppo_trainer.evaluator import length_metrics, score_metrics
 from ppo_trainer.score_shaper import ScoreShaper
 from reward_kl.kl_divergence import FixedKLController, kl_per_token
 from reward_kl.reward_computer import token_rewards, whiten_rewards
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch
 from token_attribution.extractor import extract
 from token_attribution.logprob_computer import read_states
 from token_attribution.masking import masked_mean, masked_sum, masked_var
@@ -132,7 +133,9 @@ class ExperienceMaker:
         if trainer is not None and ref is not None and bool(mx.any(batch.mask)):
             k1 = kl_per_token(trainer.logprobs, ref, "k1", batch.mask)
         metrics = self._metrics(experience, batch.mask, scores, rewards, k1, group_ids)
-        return experience, {**score_metrics(self.rewards, scored), **length_metrics(rollouts), **metrics}
+        groups = [r.prompt.index for r in rollouts] if self.config.group_size > 1 else None
+        said = score_metrics(self.rewards, scored, groups)
+        return experience, {**said, **length_metrics(rollouts), **metrics}
 
     # -- Passes over the models -----------------------------------------------------------------------
 

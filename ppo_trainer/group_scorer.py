@@ -11,7 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from config.errors import InvalidConfigurationError
 from experience_buffer.data_structures import Rollout
 from models.reward_model import RewardModel
-from rewards.composition import RewardSet, ScoredBatch, joined
+from models.sequence_classifier import SequenceClassifier
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch, joined
 
 
 class GroupScorer:
@@ -20,7 +22,7 @@ class GroupScorer:
     def __init__(self, score: Callable[[Sequence[Rollout]], ScoredBatch], rewards: RewardSet) -> None:
         """Refuses a learned reward model: it would compute with MLX in one thread while another decodes."""
         for name, function in zip(rewards.names, rewards.rewards, strict=True):
-            if isinstance(function, RewardModel):
+            if isinstance(function, (RewardModel, SequenceClassifier)):
                 raise InvalidConfigurationError(
                     f'score_while_decoding: the reward "{name}" is a model that computes on the device that is '
                     "decoding; leave score_while_decoding out"

@@ -7,12 +7,13 @@ metrics    = update(experience)          epochs of minibatches through the algor
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Generator as Iteration
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,17 @@ from base_setup import backend
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config, within_memory
 from base_setup.parameters import count_parameters
-from base_setup.tokenizer_setup import check_vocabulary, prepare_prompts
+from base_setup.tokenizer_setup import check_vocabulary
 from config.errors import (
-    CheckpointError,
     InvalidConfigurationError,
     RewardError,
     ToolkitError,
     TrainingRuntimeError,
 )
 from config.ppo_config import PPOConfig
+from data_loading.prepared_prompts import PreparedPrompts, Reordered
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import FrozenPolicy, PolicyModel
-from models.reward_model import RewardModel
 from models.rollout_policy import RolloutPolicy
 from models.sft_model import (
     EMBEDDED,
@@ -45,6 +45,7 @@ from models.sft_model import (
 )
 from models.value_model import ValueModel
 from monitoring.recorder import RunRecorder
+from monitoring.run_folder import default_folder, prepare_folder, write_json
 from ppo_trainer.algorithms import Algorithm, find_algorithm
 from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
 from ppo_trainer.credit import from_critic
@@ -55,9 +56,10 @@ from ppo_trainer.generator import Generator
 from ppo_trainer.group_scorer import GroupScorer
 from ppo_trainer.reference import build_reference, check_reference_path, describe_reference
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
+from ppo_trainer.reward_sources import build_rewards
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.scored_batch import ScoredBatch
 
 
 class PPOTrainer:
@@ -72,8 +74,9 @@ class PPOTrainer:
     Args:
         config: see ``PPOConfig``; fields that nobody set take the algorithm's own defaults.
         reward_model: a callable ``f(prompts, completions, **columns) -> list[float]``, a list of them, a
-            mapping from reward to weight, a registered name, or a ``RewardModel``. None: the reference-free
-            default of ``rewards/default_reward.py``.
+            mapping from reward to weight, a registered name, entries ``{"name", "weight", "config"}``, a
+            ``RewardModel`` or ``"learned:FOLDER"`` (docs/rewards.md). None: ``config.rewards``, and without those
+            the reference-free default of ``rewards/default_reward.py``.
         model: a base model that is loaded already, in place of ``config.model_name``.
         tokenizer: in place of the model's own.
         policy, value_model, reference: built already, in place of what config asks for.
@@ -100,13 +103,14 @@ class PPOTrainer:
         self.config = config = resolve_config(config, self.algorithm)
         # Everything that can be refused is refused before a weight is loaded.
         if reward_model is None:
+            reward_model = config.rewards
+        if reward_model is None:
             print(
                 "reward: none given, so answers are judged by form alone: not empty, not repetitive, not cut off "
                 "(rewards/default_reward.py)"
             )
-        named = RewardSet.build(
-            reward_model if reward_model is not None else "well_formed", config.reward_weights
-        )
+        rewards_asked_for = reward_model if reward_model is not None else "well_formed"
+        named = build_rewards(rewards_asked_for, config)
         check_outcome_reward(config, named.names)
         self.callbacks = list(callbacks)
         Callbacks(self.callbacks)
@@ -122,7 +126,7 @@ class PPOTrainer:
         given = model is not None or policy is not None
         if config.max_memory_gb is not None and not given and Path(config.model_name).expanduser().is_dir():
             within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
-        self.run_folder = _prepare_folder(config.output_dir) if config.output_dir else None
+        self.run_folder = prepare_folder(config.output_dir) if config.output_dir else None
 
         backend.seed_everything(config.seed)
         base = policy.base if policy is not None else model or load_language_model(config)
@@ -132,10 +136,7 @@ class PPOTrainer:
         _check_biased_tokens(config, vocabulary_size(base.model, base.config))
         self.config = config = within_memory(base.config, config, critic=self.algorithm.needs_critic)
         self.policy = policy or PolicyModel(base, config)
-        self.rewards = RewardSet.build(
-            _for_tokenizer(reward_model, base.tokenizer) if reward_model is not None else "well_formed",
-            config.reward_weights,
-        )
+        self.rewards = build_rewards(rewards_asked_for, config, base)
         self.value_model = self._build_value(value_model, base)
         self.reference = reference or build_reference(
             self.policy, config, fresh=policy is None and config.adapter_path is None
@@ -170,15 +171,15 @@ class PPOTrainer:
         self.learned_steps = 0  # those that have been learned from, one under way included
         self.episodes = 0  # completions so far
         self.epochs = 0  # passes over prompts so far
-        self._reserve: list[Prompt] = []  # all prompts of the run, for dynamic sampling
+        self._reserve: Sequence[Prompt] = []  # all prompts of the run, for dynamic sampling
         self._recorder: RunRecorder | None = None
 
     # -- The loop -------------------------------------------------------------------------------------
 
     def train(
-        self, prompts: Sequence[Any], num_epochs: int = 10, callbacks: Iterable[Callback] = ()
+        self, prompts: Sequence[Any], num_epochs: int | None = None, callbacks: Iterable[Callback] = ()
     ) -> dict[str, Any]:
-        """Train on ``prompts`` for ``num_epochs`` passes.
+        """Train on ``prompts`` for ``num_epochs`` passes; None = as config says, in passes or in steps.
 
         Called again, it goes on with the weights, counters and run folder of the last time, and with fresh
         optimisers.
@@ -195,10 +196,7 @@ class PPOTrainer:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
         prepared = self._reserve = self._prepare(prompts)
-        if not isinstance(num_epochs, int) or num_epochs < 1:
-            raise InvalidConfigurationError(
-                f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
-            )
+        num_epochs, num_steps = self._planned(num_epochs, -(-len(prepared) // self.config.batch_size))
         folder = self._open_run()
         recorder = self._recorder or RunRecorder(
             folder, self.config.log_samples_every, self.config.max_logged_samples
@@ -206,12 +204,15 @@ class PPOTrainer:
         self._recorder = recorder
         printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
         told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
-        self._updater = self._build_updater(num_epochs * -(-len(prepared) // self.config.batch_size))
+        self._updater = self._build_updater(num_steps)
         history: list[dict[str, Any]] = []
+        started = self.step
         with self._keeping_what_was_earned(folder):
             told("on_train_begin", self)
             for epoch in range(num_epochs):
-                steps = [self._train_step(batch, epoch, told) for batch in self._batches(prepared, told)]
+                with closing(self._batches(prepared, told)) as batches:
+                    left = islice(batches, num_steps - self.step + started)
+                    steps = [self._train_step(batch, epoch, told) for batch in left]
                 history.append(_epoch_metrics(epoch, steps))
                 told("on_epoch_end", epoch, history[-1])
                 if told.stop_requested:
@@ -220,6 +221,17 @@ class PPOTrainer:
             result = {**history[-1], "history": history, "run_folder": str(folder)}
             told("on_train_end", result)
         return result
+
+    def _planned(self, num_epochs: int | None, batches: int) -> tuple[int, int]:
+        """Epochs, the last one perhaps cut short, and steps of a run with so many batches in an epoch."""
+        if num_epochs is None and self.config.num_steps is not None:
+            return -(-self.config.num_steps // batches), self.config.num_steps
+        num_epochs = self.config.num_epochs if num_epochs is None else num_epochs
+        if not isinstance(num_epochs, int) or num_epochs < 1:
+            raise InvalidConfigurationError(
+                f"num_epochs: at least 1 is expected, found {num_epochs}; give a whole number"
+            )
+        return num_epochs, num_epochs * batches
 
     def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
         """One batch of rollouts, from sampling to the last of its updates."""
@@ -251,7 +263,7 @@ class PPOTrainer:
 
     def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
         """What the rewards say about each rollout."""
-        scorer = self._group_scorer
+        scorer, self.rewards.state.global_step = self._group_scorer, self.step
         return score_rollouts(self.rewards, rollouts) if scorer is None else scorer.score(rollouts)
 
     def make_experience(
@@ -344,7 +356,7 @@ class PPOTrainer:
             return scored
 
         order = np.random.default_rng([self.config.seed, self.step, len(self._reserve)])
-        reserve = [self._reserve[i] for i in order.permutation(len(self._reserve)).tolist()]
+        reserve = Reordered(self._reserve, order.permutation(len(self._reserve)).tolist())
         return collect_live_groups(prompts, reserve or prompts, sample, judge, self.config)
 
     def _greedy_scores(self, rollouts: Sequence[Rollout]) -> np.ndarray:
@@ -385,7 +397,7 @@ class PPOTrainer:
         self.policy.save(path)
         if self.value_model is not None:
             self.value_model.save(path / "value")
-        _write_json(path / "ppo_config.json", self._provenance())
+        write_json(path / "ppo_config.json", self._provenance())
         if self.policy.base.name == EMBEDDED:
             save_language_model(self.policy.base, path / "base")
 
@@ -396,19 +408,29 @@ class PPOTrainer:
         if self.value_model is not None and (path / "value").is_dir():
             self.value_model.load(path / "value")
 
-    def _prepare(self, prompts: Sequence[Any]) -> list[Prompt]:
-        return prepare_prompts(
-            self.policy.tokenizer, prompts, max_prompt_length=self.config.max_prompt_length
+    def _prepare(self, prompts: Sequence[Any]) -> PreparedPrompts:
+        prepared = PreparedPrompts(
+            self.policy.tokenizer,
+            prompts,
+            max_prompt_length=self.config.max_prompt_length,
+            overflow=self.config.prompt_overflow,
+            on_bad_row=self.config.on_bad_row,
         )
+        if str(prepared.fitting):
+            print(prepared.fitting)  # what was cut or left out is never silent, whatever verbose says
+        return prepared
 
-    def _batches(self, prompts: Sequence[Prompt], told: Callbacks) -> Iterator[list[Prompt]]:
+    def _batches(self, prompts: PreparedPrompts, told: Callbacks) -> Iteration[list[Prompt], None, None]:
         """The epoch's batches: every prompt once, in an order drawn from (seed, epochs so far)."""
-        order = np.random.default_rng([self.config.seed, self.epochs]).permutation(len(prompts)).tolist()
+        generator = np.random.default_rng([self.config.seed, self.epochs])
+        order = generator.permutation(len(prompts)) if self.config.shuffle_data else np.arange(len(prompts))
         self.epochs += 1
-        for start in range(0, len(order), self.config.batch_size):
-            if told.stop_requested and start > 0:
-                return
-            yield [prompts[i] for i in order[start : start + self.config.batch_size]]
+        batches = prompts.batches(order.tolist(), self.config.batch_size, self.config.prefetch_batches)
+        with closing(batches):  # and with it the thread that reads ahead
+            for number, batch in enumerate(batches):
+                if told.stop_requested and number > 0:
+                    return
+                yield batch
 
     # -- Building -------------------------------------------------------------------------------------
 
@@ -444,9 +466,8 @@ class PPOTrainer:
 
     def _open_run(self) -> Path:
         if self.run_folder is None:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            self.run_folder = _prepare_folder(_unused(Path("runs") / f"{self.algorithm.name}-{stamp}"))
-        _write_json(self.run_folder / "config.json", self._provenance())
+            self.run_folder = prepare_folder(default_folder(self.algorithm.name))
+        write_json(self.run_folder / "config.json", self._provenance())
         return self.run_folder
 
     def _provenance(self) -> dict[str, Any]:
@@ -528,17 +549,6 @@ def _mean_of_numbers(values: Sequence[float]) -> float:
     return float(np.mean(numbers)) if numbers else float("nan")
 
 
-def _for_tokenizer(reward: Any, tokenizer: TokenizerWrapper) -> Any:
-    """Learned reward models read the policy's own tokens where they have the same vocabulary."""
-    if isinstance(reward, RewardModel):
-        return reward.for_tokenizer(tokenizer)
-    if isinstance(reward, (list, tuple)):
-        return [_for_tokenizer(part, tokenizer) for part in reward]
-    if isinstance(reward, Mapping):
-        return {_for_tokenizer(part, tokenizer): weight for part, weight in reward.items()}
-    return reward
-
-
 def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
     """Refuse a bias for a token that the model does not have."""
     for token in config.logit_bias or {}:
@@ -546,39 +556,3 @@ def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
             raise InvalidConfigurationError(
                 f"logit_bias: token {token} is not in the model's vocabulary of {vocabulary} tokens"
             )
-
-
-def _prepare_folder(name: str | Path) -> Path:
-    """Make the run folder, or say why it cannot be used."""
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f'output_dir: "{folder}" cannot be written to ({error.strerror or error}); choose another folder'
-        ) from error
-    if (folder / "metrics.jsonl").exists():
-        raise CheckpointError(
-            f'output_dir: "{folder}" already holds a run (metrics.jsonl), and a second one would mix with it; '
-            "choose another folder or remove it"
-        )
-    return folder
-
-
-def _unused(folder: Path) -> Path:
-    """The folder, or the same with a number where two runs start within a second."""
-    candidate, number = folder, 1
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error

@@ -65,7 +65,7 @@ def updates_per_batch(config: PPOConfig, rows: int | None = None) -> int:
 
 def kl_is_used(config: PPOConfig) -> bool:
     """Whether a KL enters what is optimised."""
-    return config.kl_placement != "none" and config.kl_coef > 0 and config.reference != "none"
+    return config.uses_kl
 
 
 def _columns_for(config: PPOConfig, algorithm: Algorithm) -> dict[str, Any]:

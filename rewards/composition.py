@@ -1,59 +1,39 @@
 """Several rewards, one score per completion: call them, check what comes back, add it up.
 
-    total_b = sum_i  weight_i * reward_i(b)      over the rewards i that apply to row b
+    weighted_sum           total_b = sum_i w_i r_i(b)                     over the rewards i that apply to row b
+    sum                    the same with every weight 1
+    weighted_mean_clip01   total_b = sum_i w_i r_i(b) / sum_i w_i         over the same, within [0, 1]
 
 A reward says "I do not apply to this row" with ``None``. Such a component is NaN in the log and left
 out of the row's sum; a row to which no reward applies has the total NaN, which the trainer leaves out
 of every mean. An *accidental* NaN is an error here, because once it is in the batch nobody finds out
 where it came from.
 
-The calling convention is that of TRL, so that a reward written for it runs here unmodified: everything
-is passed by keyword, and a function receives exactly the keywords that its signature names (all of
-them if it has ``**kwargs``). Besides ``prompts``, ``completions`` and the columns of the data set, the
-trainer offers ``prompt_ids``, ``completion_ids`` and ``terminated``.
-
-What this file leaves out: time limits. A reward that runs code from a model must bring its own.
+A reward that raises, returns something else than one number per row, or takes longer than ``timeout`` ends the run
+with a sentence. With ``on_error="skip"`` its rows have the total NaN instead and are counted: which rows of a batch
+they are is found by asking again row by row, and a reward that ran out of time loses the whole batch.
 """
 
 from __future__ import annotations
 
-import asyncio
-import decimal
 import functools
-import inspect
 import math
 import numbers
-import os
-import sysconfig
-import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from config.errors import InvalidConfigurationError, RewardError
+from rewards.calling import SEARCH, Caller, Heard, RewardTimeout, TrainerState, with_its_row
+from rewards.checking import FLOAT32_MAX, checked_values
 from rewards.registry import Reward, resolve
+from rewards.scored_batch import ScoredBatch
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-_LIBRARY_FOLDERS = tuple(
-    sysconfig.get_paths()[key] + os.sep for key in ("stdlib", "platstdlib", "purelib", "platlib")
-)
-
-
-class ScoredBatch(NamedTuple):
-    """What the rewards said about a batch of B completions, in float32."""
-
-    total: np.ndarray  # (B,)  weighted sum; NaN where no reward applies
-    components: dict[str, np.ndarray]  # (B,) each, unweighted; NaN where the reward does not apply
-
-
-def joined(parts: Sequence[ScoredBatch]) -> ScoredBatch:
-    """Batches one after the other, as one."""
-    return ScoredBatch(
-        np.concatenate([part.total for part in parts]),
-        {name: np.concatenate([part.components[name] for part in parts]) for name in parts[0].components},
-    )
+Composition = Literal["weighted_sum", "weighted_mean_clip01", "sum"]
+OnError = Literal["stop", "skip"]
 
 
 class RewardSet:
@@ -64,9 +44,20 @@ class RewardSet:
     ['well_formed', 'sequential_digits']
     >>> rewards.score(["8"], [" 10 12 14 16 18"]).components["sequential_digits"]
     array([1.], dtype=float32)
+
+    Attributes:
+        state: what rewards that ask for ``trainer_state`` are given; the trainer keeps it up to date.
     """
 
-    def __init__(self, rewards: Iterable[Reward], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: Iterable[Reward],
+        weights: Sequence[float] | None = None,
+        *,
+        composition: Composition = "weighted_sum",
+        timeout: float | None = None,
+        on_error: OnError = "stop",
+    ) -> None:
         self.rewards: list[Reward] = list(rewards)
         if not self.rewards:
             raise InvalidConfigurationError(
@@ -80,35 +71,66 @@ class RewardSet:
                 )
         self.names: list[str] = _unique_names(self.rewards)
         self.weights: list[float] = _checked_weights(weights, self.names)
+        self.composition = composition
+        _check_composition(composition, self.names, self.weights, given=weights is not None)
+        self.timeout = timeout
+        self.on_error = on_error
+        self.state = TrainerState()
+        self._remarked: set[str] = set()
 
     @classmethod
-    def build(cls, spec: object, weights: Sequence[float] | None = None) -> RewardSet:
+    def build(
+        cls,
+        spec: object,
+        weights: Sequence[float] | None = None,
+        *,
+        composition: Composition | None = None,
+        timeout: float | None = None,
+        on_error: OnError | None = None,
+        resolver: Callable[[Any], Reward] = resolve,
+    ) -> RewardSet:
         """From one reward, a list of rewards, or a mapping reward → weight.
 
         A reward is whatever ``registry.resolve`` understands: a callable, a registered name,
-        ``"package.module:function"`` or ``"file.py:function"``.
+        ``"package.module:function"``, ``"file.py:function"``, or an entry ``{"name": one of these strings,
+        "weight": 0.5, "config": {its parameters}}``, of which only the name is needed. What is left out keeps its
+        default, or what a ``RewardSet`` already has. ``resolver`` stands in for ``registry.resolve``.
         """
         if isinstance(spec, RewardSet):
-            return spec if weights is None else cls(spec.rewards, weights)
-        if spec is None:
-            return cls([])
-        if isinstance(spec, Mapping):
-            if weights is not None:
-                raise InvalidConfigurationError(
-                    "Reward weights were given twice, in the mapping and beside it; keep one of the two."
-                )
-            return cls([resolve(key) for key in spec], list(spec.values()))
-        if isinstance(spec, str) or callable(spec):
-            return cls([resolve(spec)], weights)
-        if isinstance(spec, Iterable):
-            return cls([resolve(one) for one in spec], weights)
-        return cls([resolve(spec)], weights)  # raises the sentence for things that cannot be called
+            rewards = [resolver(reward) for reward in spec.rewards]
+            same = all(new is old for new, old in zip(rewards, spec.rewards, strict=True))
+            if same and (weights, composition, timeout, on_error) == (None, None, None, None):
+                return spec
+            return cls(
+                rewards,
+                spec.weights if weights is None else weights,
+                composition=composition or spec.composition,
+                timeout=spec.timeout if timeout is None else timeout,
+                on_error=on_error or spec.on_error,
+            )
+        parts, own = _parts(spec)
+        if own is not None and weights is not None:
+            raise InvalidConfigurationError(
+                "Reward weights were given twice, in the mapping and beside it; keep one of the two."
+            )
+        return cls(
+            [resolver(part) for part in parts],
+            weights if own is None else own,
+            composition=composition or "weighted_sum",
+            timeout=timeout,
+            on_error=on_error or "stop",
+        )
 
     def __len__(self) -> int:
         return len(self.rewards)
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> ScoredBatch:
-        """Call every reward on the batch and add up what they say; ``async`` rewards wait together."""
+        """Call every reward on the batch and add up what they say; ``async`` rewards wait together.
+
+        Raises:
+            RewardError: naming the reward, and the row where one is to blame; with ``on_error="skip"`` only where
+                a reward asks for a column that is not there.
+        """
         rows = len(completions)
         offered = {"prompts": prompts, "completions": completions, **columns}
         for column, values in offered.items():
@@ -117,164 +139,169 @@ class RewardSet:
                     f"The rewards were offered {len(values)} {column} for {rows} completions; "
                     f"every column needs one entry per completion."
                 )
-
-        returned: dict[str, Any] = {}
+        heard = Heard(rows)
+        caller = Caller(offered, heard, self.state, self.timeout)
+        rewards = dict(zip(self.names, self.rewards, strict=True))
         try:
-            for name, reward in zip(self.names, self.rewards, strict=True):
-                returned[name] = _call(name, reward, offered, rows)
-        except RewardError:
-            for value in returned.values():
-                if inspect.iscoroutine(value):
-                    value.close()  # or Python complains, after our sentence, that it was never awaited
-            raise
-        waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
-        if waiting:
-            returned.update(zip(waiting, _wait_for_all(waiting, rows), strict=True))
+            returned = caller.call_all(rewards, stop=self.on_error == "stop")
+        except RewardError as error:
+            raise self._with_its_row(error, rewards, caller) from error.__cause__
+        components: dict[str, np.ndarray] = {}
+        failed = np.zeros(rows, dtype=bool)
+        for name in self.names:
+            components[name], lost = self._settled(name, returned[name], rewards[name], caller)
+            failed |= lost
+        total = self._composed(components, rows)
+        total[failed] = np.nan
+        self._remark_on_silence(components, offered)
+        return ScoredBatch(total, components, failed, heard.extra or None, heard.measured or None)
 
-        components = {name: _checked_values(name, value, rows) for name, value in returned.items()}
-        return ScoredBatch(self._weighted_sum(components, rows), components)
+    # -- Failures -------------------------------------------------------------------------------------
 
-    def _weighted_sum(self, components: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
+    def _settled(
+        self, name: str, returned: Any, reward: Reward, caller: Caller
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A reward's values and the rows on which it failed, ``(B,)`` each; without ``skip`` an error instead."""
+        rows = caller.rows
+        lost = np.zeros(rows, dtype=bool)
+        try:
+            if isinstance(returned, RewardError):
+                raise returned
+            values, unusable = checked_values(name, returned, rows)
+        except RewardError as error:
+            if self.on_error == "stop":
+                raise
+            self._remark(f"{name} failed", f"{error} Its rows are skipped.")
+            return self._row_by_row(name, reward, error, caller)
+        if unusable and self.on_error == "stop":
+            raise next(iter(unusable.values()))
+        for row, error in unusable.items():
+            self._remark(f"{name} failed", f"{error} The row is skipped.")
+            lost[row] = True
+        return values, lost
+
+    def _row_by_row(
+        self, name: str, reward: Reward, error: RewardError, caller: Caller
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the rows on which the reward does not fail alone; all are lost if time is what it lacks."""
+        rows = caller.rows
+        values, lost = np.full(rows, np.nan, dtype=np.float32), np.ones(rows, dtype=bool)
+        if isinstance(error, RewardTimeout):
+            return values, lost
+        for row in range(rows):
+            said = caller.call_row(name, reward, row)
+            if isinstance(said, RewardTimeout):
+                break
+            try:
+                found, unusable = checked_values(name, said, 1)
+            except RewardError:
+                continue
+            if not isinstance(said, RewardError) and not unusable:
+                values[row], lost[row] = found[0], False
+        if not lost.any():  # it fails on the batch alone: what it says of single rows may mean something else
+            return np.full(rows, np.nan, dtype=np.float32), np.ones(rows, dtype=bool)
+        return values, lost
+
+    def _with_its_row(self, error: RewardError, rewards: Mapping[str, Reward], caller: Caller) -> RewardError:
+        """The error, naming the row that is to blame where that can be found within ``SEARCH`` seconds."""
+        name = next((n for n in rewards if str(error).startswith(f"Reward {n!r}")), None)
+        if name is None or isinstance(error, RewardTimeout) or caller.rows < 2 or error.row is not None:
+            return error
+        if error.__cause__ is None:  # it was not called: a signature that does not fit
+            return error
+        end = time.monotonic() + SEARCH
+        for row in range(caller.rows):
+            if isinstance(caller.call_row(name, rewards[name], row), RewardError):
+                return with_its_row(error, row, caller.offered["completions"])
+            if time.monotonic() > end:
+                break
+        return error
+
+    def _remark_on_silence(self, components: Mapping[str, np.ndarray], offered: Mapping[str, Any]) -> None:
+        for name, values in components.items():
+            if values.size and np.isnan(values).all() and f"{name} failed" not in self._remarked:
+                self._remark(
+                    f"{name} silent",
+                    f"Reward {name!r} applied to none of {values.size} completions; there are the columns "
+                    f"{', '.join(sorted(offered))}. Said once.",
+                )
+
+    def _remark(self, key: str, sentence: str) -> None:
+        """Say something once per set and kind."""
+        if key not in self._remarked:
+            self._remarked.add(key)
+            print(f"reward: {sentence}", file=sys.stderr, flush=True)
+
+    # -- Adding up ------------------------------------------------------------------------------------
+
+    def _composed(self, components: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
         table = np.stack([components[name] for name in self.names]).astype(np.float64)  # (rewards, B)
         applies = ~np.isnan(table)
-        weighted = np.where(applies, table * np.array(self.weights)[:, None], 0.0)
-        total = np.where(applies.any(axis=0), weighted.sum(axis=0), np.nan)
+        weights = np.array(self.weights)[:, None]
+        total = np.where(applies, table * weights, 0.0).sum(axis=0)
+        if self.composition == "weighted_mean_clip01":
+            mass = np.where(applies, weights, 0.0).sum(axis=0)
+            total = np.clip(total / np.where(mass > 0, mass, 1.0), 0.0, 1.0)
+            applies = applies & (weights > 0)
+        total = np.where(applies.any(axis=0), total, np.nan)
         too_large = np.flatnonzero(np.abs(total) > FLOAT32_MAX)
         if too_large.size:
             row = int(too_large[0])
             raise RewardError(
                 f"The weighted sum of the rewards {', '.join(self.names)} is {total[row]:.3g} for row {row}, "
-                f"which float32 cannot hold; use smaller weights or rewards near 1."
+                f"which float32 cannot hold; use smaller weights or rewards near 1.",
+                row=row,
             )
         return total.astype(np.float32)  # (B,)
 
 
-# Calling ---------------------------------------------------------------------------------------------
+# What sets are made of ---------------------------------------------------------------------------------
 
 
-def _call(name: str, reward: Reward, offered: Mapping[str, Any], rows: int) -> Any:
-    keywords = _accepted(name, reward, offered)
-    # Each reward gets its own lists: one that sorts or pops them must not change what the others see.
-    keywords = {key: list(value) if isinstance(value, list) else value for key, value in keywords.items()}
-    try:
-        return reward(**keywords)
-    except (Exception, SystemExit) as error:  # exit() in a grader must not look like the end of a run
-        raise RewardError(_what_was_raised(name, error, rows)) from error
-
-
-def _accepted(name: str, reward: Reward, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``offered`` that the signature of ``reward`` asks for."""
-    try:
-        parameters = list(inspect.signature(reward).parameters.values())
-    except (TypeError, ValueError):  # some C functions have no signature: let them have everything
-        return dict(offered)
-    for parameter in parameters:
-        needed = parameter.default is parameter.empty
-        if needed and parameter.kind is parameter.POSITIONAL_ONLY:
-            raise RewardError(
-                f"Reward {name!r} takes {parameter.name!r} by position only, but rewards are called by "
-                f"keyword: remove the / from its signature, or wrap it in a function of "
-                f"(prompts, completions, **columns)."
+def _parts(spec: object) -> tuple[list[Any], list[float] | None]:
+    """What a specification names, for ``resolve``, and the weights that are written in it; None = none is."""
+    if spec is None:
+        return [], None
+    if _is_entry(spec):
+        spec = [spec]
+    if isinstance(spec, Mapping):
+        return list(spec), list(spec.values())
+    if isinstance(spec, str) or callable(spec) or not isinstance(spec, Iterable):
+        return [spec], None
+    parts = list(spec)
+    for part in parts:
+        if isinstance(part, Mapping) and not _is_entry(part):
+            raise InvalidConfigurationError(
+                f"The reward {dict(part)!r} has no name; an entry is "
+                '{"name": …, "weight": …, "config": {…}}, of which only the name is needed.'
             )
-        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if needed and named and parameter.name not in offered:
-            raise RewardError(
-                f"Reward {name!r} asks for the column {parameter.name!r}, which is not there; there are "
-                f"{', '.join(sorted(offered))}: add it to the data set or give the parameter a default value."
-            )
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(offered)
-    return {parameter.name: offered[parameter.name] for parameter in parameters if parameter.name in offered}
+    if not any(_is_entry(part) and part.get("weight") is not None for part in parts):
+        return parts, None
+    return parts, [part.get("weight", 1.0) if _is_entry(part) else 1.0 for part in parts]
 
 
-def _wait_for_all(waiting: Mapping[str, Awaitable[Any]], rows: int) -> list[Any]:
-    async def one(name: str, answer: Awaitable[Any]) -> Any:
-        try:
-            return await answer
-        except (Exception, SystemExit) as error:
-            raise RewardError(_what_was_raised(name, error, rows)) from error
-
-    async def together() -> list[Any]:
-        return list(await asyncio.gather(*(one(name, answer) for name, answer in waiting.items())))
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(together())
-    # A notebook runs its cells inside a loop already, and loops do not nest: use one in another thread.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, together()).result()
+def _is_entry(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("name"), str)
 
 
-def _what_was_raised(name: str, error: BaseException, rows: int) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARY_FOLDERS, "<frozen"))]
-    where = next((f" at {frame.filename}:{frame.lineno}" for frame in reversed(own or frames)), "")
-    return (
-        f"Reward {name!r} raised {type(error).__name__}: {error}{where} while scoring {rows} completions; "
-        f"expected one number per completion: mend it there, or return None for rows that it cannot judge."
-    )
-
-
-# Checking --------------------------------------------------------------------------------------------
-
-
-def _checked_values(name: str, returned: Any, rows: int) -> np.ndarray:
-    """One finite number or NaN ("does not apply") per row, or a sentence that says what came instead."""
-    if returned is None:
-        raise RewardError(
-            f"Reward {name!r} returned None for the whole batch; expected a list of {rows} numbers: "
-            f"is a `return` missing at its end?"
+def _check_composition(
+    composition: str, names: Sequence[str], weights: Sequence[float], *, given: bool
+) -> None:
+    if composition not in get_args(Composition):
+        raise InvalidConfigurationError(
+            f"reward_composition: {composition!r} is none of {', '.join(get_args(Composition))}."
         )
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
-    if not isinstance(values, (list, tuple)):
-        raise RewardError(
-            f"Reward {name!r} returned {_shown(returned)}; expected a list of {rows} numbers, "
-            f"one per completion: collect them in a list and return that."
+    if composition == "sum" and given and any(weight != 1 for weight in weights):
+        raise InvalidConfigurationError(
+            "reward_composition: a sum has no weights, but there are "
+            f"{', '.join(f'{n} {w:g}' for n, w in zip(names, weights, strict=True))}; leave them out, or "
+            'use "weighted_sum".'
         )
-    if len(values) != rows:
-        raise RewardError(
-            f"Reward {name!r} returned {len(values)} values for {rows} completions; expected exactly one "
-            f"per completion, in their order: return None where it does not apply, and leave no row out."
+    if composition == "weighted_mean_clip01" and (min(weights) < 0 or sum(weights) == 0):
+        raise InvalidConfigurationError(
+            "reward_composition: the weights of a weighted mean are at least 0 and not all 0, but there are "
+            f"{', '.join(f'{n} {w:g}' for n, w in zip(names, weights, strict=True))}."
         )
-    numbers_ = [_checked_number(name, row, value) for row, value in enumerate(values)]
-    return np.array(numbers_, dtype=np.float32)  # (B,)
-
-
-def _checked_number(name: str, row: int, value: Any) -> float:
-    if value is None:
-        return math.nan
-    shape = getattr(value, "shape", None)
-    if shape == () and hasattr(value, "item"):  # a NumPy, MLX or torch scalar
-        value = value.item()
-    if not isinstance(value, (numbers.Real, decimal.Decimal)):
-        advice = "return a number, for example float(...) of it"
-        if isinstance(value, (list, tuple)) or shape:
-            advice = "add its parts up to one number, or make several rewards of them"
-        raise RewardError(
-            f"Reward {name!r} returned {_shown(value)} for row {row}; "
-            f"expected a finite number or None: {advice}."
-        )
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
-    if math.isnan(number):
-        raise RewardError(
-            f"Reward {name!r} returned nan for row {row}; expected a finite number: "
-            f"look for 0/0 or the mean of nothing, and return None where the reward does not apply."
-        )
-    if abs(number) > FLOAT32_MAX:
-        raise RewardError(
-            f"Reward {name!r} returned {number:g} for row {row}; expected a number that float32 can hold: "
-            f"look for a division by zero or log(0), and clip the reward to a range such as [-10, 10]."
-        )
-    return number
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:59] + '…'}"
 
 
 def _checked_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:

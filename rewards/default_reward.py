@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.registry import register
+from rewards.text_utils import distinct_share, text_of
 
 NGRAM = 3
 FULL_LENGTH = 16  # characters, without white space
@@ -40,13 +41,13 @@ LONGEST_WORD = 16  # characters on average; above it the text is taken to have n
 
 @register("default", "well_formed")
 def well_formed(
-    completions: Sequence[str], terminated: Sequence[bool] | None = None, **columns: Any
+    completions: Sequence[Any], terminated: Sequence[bool] | None = None, **columns: Any
 ) -> list[float]:
     """Score each completion by the formula above; without ``terminated`` all count as ended."""
     if terminated is None:
         terminated = [True] * len(completions)
     return [
-        well_formed_score(text, terminated=bool(ended))
+        well_formed_score(text_of(text), terminated=bool(ended))
         for text, ended in zip(completions, terminated, strict=True)
     ]
 
@@ -68,11 +69,4 @@ def well_formed_score(text: str, *, terminated: bool = True) -> float:
     by_words = len(words) >= NGRAM and characters <= LONGEST_WORD * len(words)
     units: Sequence[str] = words if by_words else " ".join(words)
     long_enough = min(1.0, math.sqrt(characters / FULL_LENGTH))
-    return _distinct_share(units) * long_enough * (1.0 if terminated else 0.5)
-
-
-def _distinct_share(units: Sequence[str]) -> float:
-    """Different n-grams / all n-grams; of fewer than n units, different units / all units."""
-    n = NGRAM if len(units) >= NGRAM else 1
-    grams = list(zip(*(units[start:] for start in range(n)), strict=False))
-    return len(set(grams)) / len(grams)
+    return distinct_share(units, NGRAM) * long_enough * (1.0 if terminated else 0.5)

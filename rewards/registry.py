@@ -1,4 +1,4 @@
-"""Names for rewards, and the four ways to point at one.
+"""Names for rewards, and the ways to point at one.
 
 A reward is any callable ``f(prompts, completions, **columns) -> list[float | None]``. This file only
 answers "which callable is meant by that?"; how it is called and checked is in ``composition.py``.
@@ -7,6 +7,11 @@ answers "which callable is meant by that?"; how it is called and checked is in `
     resolve("sequential_digits")          a name given with @register
     resolve("my_package.rewards:brevity") an attribute of an importable module
     resolve("my_rewards.py:brevity")      a function in a file
+    resolve({"name": ANY OF THESE STRINGS, "config": {"limit": 20}})    the same with parameters
+
+Parameters go to a class as keywords (or as one mapping called ``config``, if that is what its constructor takes), and
+to the keywords of a function that have defaults. A class may judge a batch when it is called, or one row in
+``compute(context)`` (``base_reward.py``).
 
 Every module of this package is imported when the first name is looked up, so a new file with a
 ``@register`` in it needs no entry in a list. The price: such a file must import without optional
@@ -18,22 +23,24 @@ means that a config file from a stranger is a program from a stranger.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import rewards
 from config.errors import InvalidConfigurationError
+from rewards import older_imports
+from rewards.construction import as_reward, made, named, nearest
+
+__all__ = ["RewardRegistry", "aliases_of", "named", "names", "register", "registered", "resolve"]
 
 Reward = Callable[..., Any]
 SomeReward = TypeVar("SomeReward", bound=Reward)
@@ -71,26 +78,97 @@ def register(name: str, *aliases: str) -> Callable[[SomeReward], SomeReward]:
     return decorate
 
 
+class RewardRegistry:
+    """The registry as a class, for plug-ins that write ``@RewardRegistry.register("name")``.
+
+    A name of this package may be taken over here: whoever brings a reward of that name along means their own.
+    """
+
+    @staticmethod
+    def register(name: str) -> Callable[[SomeReward], SomeReward]:
+        """As :func:`register`."""
+
+        def decorate(reward: SomeReward) -> SomeReward:
+            _import_our_rewards()
+            owner = _registered.get(name)
+            if owner is not None and _is_ours(owner) and not _is_ours(reward):
+                del _registered[name]
+            return register(name)(reward)
+
+        return decorate
+
+    @staticmethod
+    def create(name: str, config: Mapping[str, Any] | None = None) -> Reward:
+        """The reward of that name with these parameters."""
+        return resolve({"name": name, "config": dict(config or {})})
+
+    @staticmethod
+    def names() -> list[str]:
+        """As :func:`names`."""
+        return names()
+
+
 def names() -> list[str]:
     """Every registered name, aliases included, sorted."""
     _import_our_rewards()
     return sorted(_registered)
 
 
-def resolve(spec: object) -> Reward:
-    """Turn a callable, a registered name, ``"module:function"`` or ``"file.py:function"`` into the callable.
+def registered(name: str) -> Reward | None:
+    """What is registered under ``name``, as it was registered: a function or a class; None for nothing."""
+    _import_our_rewards()
+    return _registered.get(name)
 
-    A class is instantiated without arguments; its instances must be callable.
+
+def aliases_of(reward: Reward) -> list[str]:
+    """All names of one reward, in the order in which they were given."""
+    return [name for name, owner in _registered.items() if owner is reward]
+
+
+def resolve(spec: object) -> Reward:
+    """Turn a callable, a registered name, ``"module:function"``, ``"file.py:function"``, or a mapping of ``name``
+    (one of those strings) and ``config`` (its parameters) into the callable.
+
+    A class is instantiated, without arguments where no config is given; its instances must be callable, or have
+    ``compute(context)``.
     """
+    config: Mapping[str, Any] = {}
+    if isinstance(spec, Mapping):
+        spec, config = _entry(spec)
     if not isinstance(spec, str):
-        return _as_reward(spec, repr(spec))
+        return as_reward(made(spec, repr(spec), config), repr(spec))
+    reward = as_reward(made(_found(spec), spec, config), spec)
+    prepare = getattr(reward, "prepare", None)
+    if callable(prepare):
+        prepare()  # what it needs and does not find is said now
+    return reward
+
+
+def _entry(entry: Mapping[Any, Any]) -> tuple[object, Mapping[str, Any]]:
+    unknown = sorted(map(str, set(entry) - {"name", "weight", "config"}))
+    if unknown or not isinstance(entry.get("name"), str):
+        raise InvalidConfigurationError(
+            f"The reward {dict(entry)!r} "
+            + (f"has the unknown key {unknown[0]!r}" if unknown else "has no name")
+            + '; an entry is {"name": …, "weight": …, "config": {…}}, of which only the name is needed.'
+        )
+    config = entry.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise InvalidConfigurationError(
+            f"The config of the reward {entry['name']!r} is {config!r}; a mapping of its parameters is expected."
+        )
+    return entry["name"], config
+
+
+def _found(spec: str) -> object:
+    """What a string names: registered, in a module or in a file."""
     _import_our_rewards()
     if spec in _registered:
-        return _as_reward(_registered[spec], spec)
+        return _registered[spec]
     source, colon, attribute = spec.strip().rpartition(":")
     if colon and source and attribute:
         module = _load_file(source) if source.endswith(".py") else _load_module(source, spec)
-        return _as_reward(_attribute(module, attribute, spec), spec)
+        return _attribute(module, attribute, spec)
     if spec.endswith(".py"):
         functions = ", ".join(_functions(_load_file(spec))) or "none"
         raise InvalidConfigurationError(
@@ -98,26 +176,9 @@ def resolve(spec: object) -> Reward:
             f"(it defines: {functions})."
         )
     raise InvalidConfigurationError(
-        f"There is no reward named {spec!r}; {_nearest(spec, names())}. "
+        f"There is no reward named {spec!r}; {nearest(spec, names())}. "
         f'Your own is written "package.module:function" or "path/to/file.py:function".'
     )
-
-
-def _as_reward(found: object, spec: str) -> Reward:
-    if inspect.isclass(found):
-        try:
-            found = found()
-        except Exception as error:
-            raise InvalidConfigurationError(
-                f"The reward {spec!r} is a class that cannot be made without arguments "
-                f"({type(error).__name__}: {error}); give an instance of it, or a function."
-            ) from error
-    if not callable(found):
-        raise InvalidConfigurationError(
-            f"The reward {spec!r} is a {type(found).__name__}, which cannot be called; "
-            f"a reward is a function of (prompts, completions, **columns) that returns a list of numbers."
-        )
-    return found
 
 
 def _load_module(name: str, spec: str) -> ModuleType:
@@ -145,6 +206,8 @@ def _load_file(name: str) -> ModuleType:
     # At the end, so that a helper beside the file is found but nothing installed is hidden by it.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
+    if older_imports.PACKAGE in path.read_text(encoding="utf-8", errors="replace"):
+        older_imports.install()
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
@@ -164,7 +227,7 @@ def _attribute(module: ModuleType, dotted: str, spec: str) -> object:
         if not hasattr(found, part):
             raise InvalidConfigurationError(
                 f"The reward {spec!r} does not exist: {getattr(found, '__name__', module.__name__)} "
-                f"has no {part!r}; {_nearest(part, _functions(module))}."
+                f"has no {part!r}; {nearest(part, _functions(module))}."
             )
         found = getattr(found, part)
     return found
@@ -174,11 +237,8 @@ def _functions(module: ModuleType) -> list[str]:
     return sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
 
 
-def _nearest(word: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(map(repr, near)) + "?"
-    return "there are: " + (", ".join(choices) or "none")
+def _is_ours(reward: Reward) -> bool:
+    return str(getattr(reward, "__module__", "")).startswith(f"{rewards.__name__}.")
 
 
 def _origin(reward: Reward) -> str:

@@ -10,11 +10,12 @@ The data that goes with it is made by ``examples/digits_data.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar
 
+from config.declaration import PositiveInt, declared, option
 from config.errors import InvalidConfigurationError
-from rewards.registry import Reward, register
+from rewards.registry import Reward, named, register
+from rewards.row_reward import Judgement, Row, RowReward
 
 
 def digit_score(
@@ -73,31 +74,41 @@ def digit_score(
     return score - 1.0 if negated else score
 
 
+@register("sequential_digits")
+@declared
+class SequentialDigits(RowReward):
+    """``digit_score`` of each row: the share of the completion that goes on with the prompt's sequence."""
+
+    reward_name: ClassVar[str] = "sequential_digits"
+    increasing: bool = option(default=True, meaning="Numbers rise; false = they fall.")
+    multiple: PositiveInt = option(default=2, meaning="Each number is a multiple of this.")
+    negated: bool = option(default=False, meaning="Scores are moved to [-1, 0].")
+    min_length: PositiveInt = option(
+        default=5, meaning="Shorter completions are divided by this all the same."
+    )
+
+    def judge(self, row: Row) -> Judgement:
+        """Score one completion."""
+        score = digit_score(
+            row.prompt,
+            row.completion,
+            increasing=self.increasing,
+            multiple=self.multiple,
+            negated=self.negated,
+            min_length=self.min_length,
+        )
+        return Judgement(score, {"words": len(row.completion.split()), "at least": self.min_length})
+
+
 def digit_reward(
     *, increasing: bool = True, multiple: int = 2, negated: bool = False, min_length: int = 5
 ) -> Reward:
-    """Make the reward function for one setting of the task, named after it in the logs."""
-    digit_score(
-        "", "", increasing=increasing, multiple=multiple, min_length=min_length
-    )  # complain now, not in a run
-
-    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-        return [
-            digit_score(
-                prompt, text, increasing=increasing, multiple=multiple, negated=negated, min_length=min_length
-            )
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
-
+    """Make the reward for one setting of the task, named after it in the logs."""
+    reward = SequentialDigits(
+        increasing=increasing, multiple=multiple, negated=negated, min_length=min_length
+    )
     direction = "increasing" if increasing else "decreasing"
-    name = f"{direction}_mult_{multiple}" + ("_negated" if negated else "")
-    reward.__name__ = reward.__qualname__ = name
-    reward.__doc__ = f"digit_score for each row: {name.replace('_', ' ')}, at least {min_length} words."
-    return reward
-
-
-sequential_digits = register("sequential_digits")(digit_reward(increasing=True, multiple=2))
-sequential_digits.reward_name = "sequential_digits"  # type: ignore[attr-defined]
+    return named(reward, f"{direction}_mult_{multiple}" + ("_negated" if negated else ""))
 
 
 def _integer(word: str) -> int | None:

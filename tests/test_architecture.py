@@ -19,11 +19,13 @@ PACKAGES = (
     "reward_kl",
     "advantage",
     "base_setup",
+    "data_loading",
     "models",
     "rewards",
     "training",
     "ppo_trainer",
     "monitoring",
+    "command_line",
     "examples",
     "benchmarks",
 )
@@ -42,10 +44,10 @@ LAYERS = (
         "training.preference_loss",
         "training.importance_correction",
     ),
-    ("base_setup", "models", "rewards"),
+    ("base_setup", "data_loading", "models", "rewards"),
     ("experience_buffer", "training", "ppo_trainer.generator"),
     ("ppo_trainer",),
-    ("main", "examples", "benchmarks"),
+    ("main", "command_line", "examples", "benchmarks"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LEVEL["monitoring"] = LEVEL["ppo_trainer"]  # what it may import in its turn is a rule of its own

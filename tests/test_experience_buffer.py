@@ -18,7 +18,7 @@ from experience_buffer.buffer_manager import ExperienceBuffer, Minibatch
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from ppo_trainer.ppo_trainer import PPOTrainer
 from ppo_trainer.updater import Updater
-from rewards.composition import ScoredBatch
+from rewards.scored_batch import ScoredBatch
 from tests.tabular import table_model, token_id
 
 Groups = Sequence[tuple[int, Sequence[int]]]

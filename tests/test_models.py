@@ -27,11 +27,11 @@ from base_setup.tokenizer_setup import (
     encode,
     encode_prompt,
     end_token_ids,
-    prepare_prompts,
 )
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
 from config.model_config import ModelConfig
 from config.training_config import TrainingConfig
+from data_loading.prepared_prompts import PreparedPrompts
 from models.custom_reward_model import CustomRewardModel
 from models.policy_model import PolicyModel
 from models.reward_model import RewardModel
@@ -492,7 +492,7 @@ USER = {"role": "user", "content": "hi"}
 
 def test_prompts_are_texts_messages_or_rows_with_columns(base: LanguageModel) -> None:
     rows = ["ab", [USER], {"prompt": "cd", "answer": 7}, {"prompt": [USER], "hint": None}]
-    prompts = prepare_prompts(base.tokenizer, rows, max_prompt_length=100)
+    prompts = PreparedPrompts(base.tokenizer, rows, max_prompt_length=100)
     assert [prompt.index for prompt in prompts] == [0, 1, 2, 3]
     assert [prompt.text for prompt in prompts] == ["ab", "hi", "cd", "hi"]
     assert [prompt.columns for prompt in prompts] == [{}, {}, {"answer": 7}, {"hint": None}]
@@ -526,21 +526,22 @@ def test_prompts_that_cannot_be_used_are_refused_with_their_row(
     base: LanguageModel, prompts: Any, sentence: str
 ) -> None:
     with pytest.raises(DataLoadError, match=sentence) as caught:
-        prepare_prompts(base.tokenizer, prompts, max_prompt_length=9)
+        PreparedPrompts(base.tokenizer, prompts, max_prompt_length=9)
     assert "\n" not in str(caught.value)
 
 
 def test_every_name_that_rewards_are_given_is_reserved(base: LanguageModel) -> None:
     for name in RESERVED_COLUMNS:
         with pytest.raises(DataLoadError, match=f'"{name}"'):
-            prepare_prompts(base.tokenizer, [{"prompt": "a", name: 1}], max_prompt_length=9)
+            PreparedPrompts(base.tokenizer, [{"prompt": "a", name: 1}], max_prompt_length=9)
 
 
-def test_messages_need_a_template(base: LanguageModel) -> None:
+def test_messages_without_a_template_become_a_plain_dialogue(base: LanguageModel) -> None:
     bare = byte_tokenizer()
     bare.chat_template = None
-    with pytest.raises(DataLoadError, match=r"prompts\[0\]: .*the tokenizer has no chat template"):
-        prepare_prompts(TokenizerWrapper(bare), [[USER]], max_prompt_length=99)
+    chat = [{"role": "system", "content": "Be brief."}, USER]
+    [prompt] = PreparedPrompts(TokenizerWrapper(bare), [chat], max_prompt_length=99)
+    assert bare.decode(prompt.ids) == "Be brief.\n\nUser: hi\nAssistant: "
 
 
 def test_a_message_cannot_forge_the_turns_of_its_conversation(base: LanguageModel) -> None:

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from base_setup.tokenizer_setup import prepare_prompts
 from config.errors import InvalidConfigurationError, ToolkitError
 from config.model_config import ModelConfig
 from config.ppo_config import PPOConfig
 from config.supervised_config import RewardModelConfig, SFTConfig
 from config.training_config import TrainingConfig
+from data_loading.prepared_prompts import PreparedPrompts
 from experience_buffer.buffer_manager import ExperienceBuffer, Minibatch
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import PolicyModel
@@ -212,7 +212,7 @@ def policy() -> PolicyModel:
 @pytest.fixture(scope="module")
 def prompts(policy: PolicyModel) -> list[Prompt]:
     texts = ["a", "two words", "a", "longer than the others", "?"]
-    return prepare_prompts(policy.tokenizer, texts, max_prompt_length=64)
+    return list(PreparedPrompts(policy.tokenizer, texts, max_prompt_length=64))
 
 
 def sampled(rollouts: list[Rollout]) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -518,6 +518,7 @@ def test_every_option_is_read_by_the_code() -> None:
     """An option that nobody reads does not exist, whatever its documentation says."""
     folders = (
         "base_setup",
+        "data_loading",
         "models",
         "training",
         "ppo_trainer",

@@ -31,7 +31,8 @@ from ppo_trainer.experience_maker import ExperienceMaker
 from ppo_trainer.resolution import resolve_config, updates_per_batch
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import FixedKLController
-from rewards.composition import RewardSet, ScoredBatch
+from rewards.composition import RewardSet
+from rewards.scored_batch import ScoredBatch
 from tests.test_torch_losses import KL, SURROGATES, cispo, gspo, ppo, reduced
 from tests.test_torch_parity import random_qwen3
 from token_attribution.extractor import extract

@@ -42,13 +42,17 @@ class StepReport(NamedTuple):
 def build_schedule(
     config: TrainingConfig, learning_rate: float, total_steps: int
 ) -> float | Callable[..., Any]:
-    """The learning rate over optimiser steps: a linear warm-up from 0, then level, linear or cosine to 0."""
-    warmup = config.warmup_steps
-    remaining = max(total_steps - warmup, 1)
+    """The learning rate over optimiser steps: a linear warm-up from 0, then level, linear or cosine to ``lr_end``.
+
+    Where ``learning_rate`` is not the config's own (the value network's), the end keeps its share of the peak.
+    """
+    warmup = config.warmup_steps or round(config.warmup_ratio * total_steps)
+    remaining = config.lr_decay_steps or max(total_steps - warmup, 1)
+    end = config.lr_end * learning_rate / config.learning_rate
     if config.lr_schedule == "linear":
-        course: Callable[..., Any] = optim.linear_schedule(learning_rate, 0.0, remaining)
+        course: Callable[..., Any] = optim.linear_schedule(learning_rate, end, remaining)
     elif config.lr_schedule == "cosine":
-        course = optim.cosine_decay(learning_rate, remaining)
+        course = optim.cosine_decay(learning_rate, remaining, end)
     elif warmup:
         course = lambda _: mx.array(learning_rate)  # noqa: E731
     else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from base_setup.tokenizer_setup import answer_end_id, encode
+from base_setup.tokenizer_setup import encode_pair
 from config.errors import DataLoadError
 from config.supervised_config import RewardModelConfig
 from models.reward_model import RewardModel
@@ -23,9 +23,10 @@ from models.sft_model import LanguageModel
 from token_attribution.extractor import pad_sequences
 from training.model_trainer import ModelTrainer
 from training.preference_loss import bradley_terry_loss, preference_accuracy
-from training.supervised import OnStep, shuffled_batches, split, step_metrics
+from training.supervised import OnStep, place_of, shuffled_batches, split, step_metrics
 
 Row = Mapping[str, Any]
+NAME = "preference rows"
 
 
 class Answer(NamedTuple):
@@ -61,7 +62,6 @@ class RewardTrainer:
     def __init__(self, base: LanguageModel, config: RewardModelConfig) -> None:
         self.config = config
         self.reward_model = RewardModel(base, config)
-        self.end = answer_end_id(base.tokenizer)
 
     # -- Rows -----------------------------------------------------------------------------------------
 
@@ -74,43 +74,40 @@ class RewardTrainer:
         if not rows:
             raise DataLoadError("preference rows: the list is empty; at least one is needed")
         if "chosen" in rows[0]:
-            return [self._pair(i, row) for i, row in enumerate(rows)]
+            return [self._pair(place_of(rows, i, NAME), row) for i, row in enumerate(rows)]
         if self.config.batch_size < 2:
             raise DataLoadError(
                 f"preference rows: scored answers are compared within a batch, and batch_size is "
                 f"{self.config.batch_size}; at least 2 is needed"
             )
-        answers = [self._scored(i, row) for i, row in enumerate(rows)]
+        answers = [self._scored(place_of(rows, i, NAME), row) for i, row in enumerate(rows)]
         rankings = [Ranking(list(part)) for part in split(answers, self.config.list_size)]
         if len({answer.reward for answer in answers}) < 2:
             raise DataLoadError("preference rows: all rewards are equal, so there is nothing to compare")
         return rankings
 
-    def _pair(self, index: int, row: Row) -> Ranking:
-        prompt = _text(row, "prompt", index)
-        sides = [self._ids(index, prompt, _text(row, side, index)) for side in ("chosen", "rejected")]
+    def _pair(self, place: str, row: Row) -> Ranking:
+        sides = [self._ids(place, row, side) for side in ("chosen", "rejected")]
         return Ranking([Answer(sides[0], 1.0), Answer(sides[1], 0.0)])
 
-    def _scored(self, index: int, row: Row) -> Answer:
+    def _scored(self, place: str, row: Row) -> Answer:
         try:
             reward = float(row["reward"])
         except (KeyError, TypeError, ValueError):
             reward = math.nan
         if not math.isfinite(reward):
-            raise DataLoadError(
-                f'preference rows[{index}]: "reward" must be a finite number, found {row.get("reward")!r}'
-            )
-        ids = self._ids(index, _text(row, "prompt", index), _text(row, "completion", index))
-        return Answer(ids, reward)
+            raise DataLoadError(f'{place}: "reward" must be a finite number, found {row.get("reward")!r}')
+        return Answer(self._ids(place, row, "completion"), reward)
 
-    def _ids(self, index: int, prompt: str, answer: str) -> list[int]:
-        tokenizer, limit = self.reward_model.tokenizer, self.config.max_sequence_length
-        ids = [*encode(tokenizer, prompt, special=True), *encode(tokenizer, answer), self.end]
-        if len(ids) > limit:
-            raise DataLoadError(
-                f"preference rows[{index}]: {len(ids)} tokens, max_sequence_length is {limit}"
-            )
-        return ids
+    def _ids(self, place: str, row: Row, side: str) -> list[int]:
+        try:
+            prompt, answer = encode_pair(self.reward_model.tokenizer, row, side)
+        except DataLoadError as error:
+            raise DataLoadError(f"{place}: {error}") from error
+        length, limit = len(prompt) + len(answer), self.config.max_sequence_length
+        if length > limit:
+            raise DataLoadError(f"{place}: {length} tokens, max_sequence_length is {limit}")
+        return [*prompt, *answer]
 
     # -- Training -------------------------------------------------------------------------------------
 
@@ -139,9 +136,13 @@ class RewardTrainer:
         """Batches of rankings; scored answers meet others in every epoch, pairs stay together."""
         config = self.config
         if pairs:
-            return shuffled_batches(rankings, config.batch_size, config.num_steps, config.seed)
+            return shuffled_batches(
+                rankings, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
+            )
         answers = [answer for ranking in rankings for answer in ranking.answers]
-        batches = shuffled_batches(answers, config.batch_size, config.num_steps, config.seed)
+        batches = shuffled_batches(
+            answers, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
+        )
         return ([Ranking(list(part)) for part in split(batch, config.list_size)] for batch in batches)
 
     def _step(self, trainer: ModelTrainer, batch: Sequence[Ranking]) -> dict[str, float]:
@@ -180,10 +181,3 @@ class RewardTrainer:
         if count == 0:
             raise DataLoadError("preference rows: no list holds two different rewards; enlarge list_size")
         return points / count
-
-
-def _text(row: Row, field: str, index: int) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise DataLoadError(f'preference rows[{index}]: "{field}" must be a string, found {value!r:.80}')
-    return value

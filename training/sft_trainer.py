@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from base_setup.lora_setup import fuse_adapters
-from base_setup.tokenizer_setup import answer_end_id, encode
+from base_setup.tokenizer_setup import encode_pair
 from config.errors import DataLoadError
 from config.supervised_config import SFTConfig
 from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel
 from token_attribution.extractor import pad_sequences
 from training.model_trainer import ModelTrainer, StepReport
-from training.supervised import OnStep, shuffled_batches, split, step_metrics
+from training.supervised import OnStep, place_of, shuffled_batches, split, step_metrics
 
 
 class Example(NamedTuple):
@@ -35,10 +35,9 @@ class SFTTrainer:
     def __init__(self, base: LanguageModel, config: SFTConfig) -> None:
         self.config = config
         self.policy = PolicyModel(base, config)
-        self.end = answer_end_id(base.tokenizer)
 
-    def encode(self, rows: Sequence[Mapping[str, str]]) -> list[Example]:
-        """Rows with ``prompt`` and ``completion`` as tokens.
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Rows with ``prompt`` (a text or a chat) and ``completion``, or with one ``text``, as tokens.
 
         Raises:
             DataLoadError: naming the row, for a missing field or a row longer than ``max_sequence_length``.
@@ -47,12 +46,10 @@ class SFTTrainer:
             raise DataLoadError("SFT rows: the list is empty; at least one prompt and completion is needed")
         examples = []
         for i, row in enumerate(rows):
-            if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
-                raise DataLoadError(
-                    f'SFT rows[{i}]: "prompt" and "completion" must be strings, found {row!r:.80}'
-                )
-            prompt = encode(self.policy.tokenizer, row["prompt"], special=True)
-            completion = [*encode(self.policy.tokenizer, row["completion"]), self.end]
+            try:
+                prompt, completion = encode_pair(self.policy.tokenizer, row)
+            except DataLoadError as error:
+                raise DataLoadError(f"{place_of(rows, i, 'SFT rows')}: {error}") from error
             length, limit = len(prompt) + len(completion), self.config.max_sequence_length
             if not prompt or length > limit:
                 reason = (
@@ -60,16 +57,18 @@ class SFTTrainer:
                     if not prompt
                     else f"{length} tokens, max_sequence_length is {limit}"
                 )
-                raise DataLoadError(f"SFT rows[{i}]: {reason}")
+                raise DataLoadError(f"{place_of(rows, i, 'SFT rows')}: {reason}")
             examples.append(Example(prompt, completion))
         return examples
 
-    def train(self, rows: Sequence[Mapping[str, str]], on_step: OnStep | None = None) -> dict[str, float]:
+    def train(self, rows: Sequence[Mapping[str, Any]], on_step: OnStep | None = None) -> dict[str, float]:
         """Train for ``num_steps`` steps; returns the last step's metrics."""
         config, examples = self.config, self.encode(rows)
         trainer = ModelTrainer(self.policy.model, config, total_steps=config.num_steps)
         metrics: dict[str, float] = {}
-        batches = shuffled_batches(examples, config.batch_size, config.num_steps, config.seed)
+        batches = shuffled_batches(
+            examples, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
+        )
         self.policy.model.train()  # adapter dropout is for this stage
         mx.random.seed(config.seed)  # … and draws from MLX's global state
         for number, batch in enumerate(batches, start=1):
@@ -84,7 +83,7 @@ class SFTTrainer:
         micro_batches = split(batch, self.config.micro_batch_size)
         return trainer.step(lambda part: (self._loss(part, count), None), micro_batches)
 
-    def loss(self, rows: Sequence[Mapping[str, str]]) -> float:
+    def loss(self, rows: Sequence[Mapping[str, Any]]) -> float:
         """Mean negative logprob per completion token over ``rows``, in nats, without training."""
         examples = self.encode(rows)
         count = sum(len(e.completion) for e in examples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,13 +14,24 @@ Row = TypeVar("Row")
 OnStep = Callable[[int, dict[str, float]], None]
 
 
-def shuffled_batches(rows: Sequence[Row], size: int, steps: int, seed: int) -> Iterator[list[Row]]:
-    """``steps`` batches of ``size`` rows: epoch after epoch, each in a fresh order, no row twice in one pass."""
+def place_of(rows: Sequence[Any], index: int, name: str) -> str:
+    """Where a row stands: its file and line where the rows know it, else its number."""
+    place: str = rows.place(index) if hasattr(rows, "place") else f"{name}[{index}]"
+    return place
+
+
+def shuffled_batches(
+    rows: Sequence[Row], size: int, steps: int, seed: int, *, shuffle: bool = True
+) -> Iterator[list[Row]]:
+    """``steps`` batches of ``size`` rows: epoch after epoch, each in a fresh order, no row twice in one pass.
+
+    Without ``shuffle`` every epoch has the rows' own order.
+    """
     generator = np.random.default_rng(seed)
     queue: list[int] = []
     for _ in range(steps):
         while len(queue) < min(size, len(rows)):
-            queue += generator.permutation(len(rows)).tolist()
+            queue += (generator.permutation(len(rows)) if shuffle else np.arange(len(rows))).tolist()
         taken, queue = queue[:size], queue[size:]
         yield [rows[i] for i in taken]
 

@@ -16,7 +16,7 @@ from experience_buffer.data_structures import Prompt, Rollout
 from monitoring.metrics_file import read_metrics
 from ppo_trainer.dynamic_sampling import collect_live_groups
 from ppo_trainer.ppo_trainer import PPOTrainer
-from rewards.composition import ScoredBatch
+from rewards.scored_batch import ScoredBatch
 from tests.tabular import Bandit, table_model, token_id
 
 PROMPTS = [Prompt(i, f"p{i}", (i + 1,), {}) for i in range(6)]

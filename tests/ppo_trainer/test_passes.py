@@ -16,7 +16,7 @@ import pytest
 from config.ppo_config import PPOConfig
 from experience_buffer.data_structures import Experience, Prompt, Rollout
 from ppo_trainer.ppo_trainer import PPOTrainer
-from rewards.composition import ScoredBatch
+from rewards.scored_batch import ScoredBatch
 from tests import tabular
 from tests.tabular import table_model, token_id
 

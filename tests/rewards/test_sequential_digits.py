@@ -53,7 +53,7 @@ def test_other_settings() -> None:
     assert digit_score("30", " 27 24 21 22 15", increasing=False, multiple=3) == 3 / 5
     assert digit_score("1", " 2 3 4", multiple=1, min_length=3) == 1.0
     assert digit_score("8", " 10 12 14", negated=True) == pytest.approx(3 / 5 - 1)
-    with pytest.raises(InvalidConfigurationError, match="at least 1"):
+    with pytest.raises(InvalidConfigurationError, match="multiple: input should be greater than 0"):
         digit_reward(multiple=0)
 
 

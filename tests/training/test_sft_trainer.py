@@ -196,9 +196,12 @@ def test_the_language_model_is_plain_and_computes_what_the_policy_does(
     ("rows", "sentence"),
     [
         ([], "SFT rows: the list is empty"),
-        ([{"completion": "x"}], r'SFT rows\[0\]: "prompt" and "completion" must be strings'),
-        ([ROWS[0], {"prompt": "a"}], r'SFT rows\[1\]: "prompt" and "completion" must be strings'),
-        ([ROWS[0], {"prompt": "a", "completion": 3}], r"SFT rows\[1\]: .* must be strings"),
+        ([{"completion": "x"}], r'SFT rows\[0\]: "prompt" must be a string, found None'),
+        ([ROWS[0], {"prompt": "a"}], r'SFT rows\[1\]: "completion" must be a string, found None'),
+        (
+            [ROWS[0], {"prompt": "a", "completion": 3}],
+            r"SFT rows\[1\]: \"completion\" must be a string, found 3",
+        ),
         ([{"prompt": "", "completion": "x"}], r"SFT rows\[0\]: the prompt is empty"),
         (
             [ROWS[0], ROWS[1], {"prompt": "abcdef", "completion": "ghijk"}],

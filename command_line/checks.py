@@ -1,0 +1,148 @@
+"""What a run could be refused for, looked at before a weight is loaded: model, adapter, output folder, rows.
+
+A dry run and a run go through the same checks, so that they fail alike.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from base_setup.lora_setup import read_description
+from base_setup.memory_estimate import read_config
+from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
+from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
+from config.ppo_config import PPOConfig
+from config.supervised_config import RewardModelConfig, SFTConfig
+from config.training_config import TrainingConfig
+from data_loading.loading import DataSplits, load_data, load_prompts
+from data_loading.prepared_prompts import PreparedPrompts
+from data_loading.schemas import Kind
+from examples.digits_data import DIFFERENT_PROMPTS, digit_prompts
+from models.sft_model import EMBEDDED, build_embedded, existing_model
+from training.supervised import place_of
+
+#: Rows of a large file whose tokens are counted before a run; a dry run, and a smaller file, counts them all.
+COUNTED_ROWS = 10_000
+
+
+# The model and the folder --------------------------------------------------------------------------------
+
+
+def check_model(config: TrainingConfig) -> None:
+    """Refuse a model or an adapter that is not there."""
+    if config.model_name != EMBEDDED:
+        existing_model(config.model_name)
+    if config.adapter_path is not None:
+        read_description(Path(config.adapter_path).expanduser())
+
+
+def model_config(config: TrainingConfig) -> Mapping[str, Any]:
+    """The contents of the model's ``config.json``; nothing else of it is read, or fetched."""
+    if config.model_name == EMBEDDED:
+        return build_embedded(config.embedded_model, config.seed).config
+    return read_config(config.model_name)
+
+
+def load_tokenizer(config: TrainingConfig) -> Any:
+    """The model's tokenizer alone."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.utils import load_tokenizer as load
+
+    if config.model_name == EMBEDDED:
+        tokenizer = byte_tokenizer()
+        return TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
+    try:
+        folder = Path(config.model_name).expanduser()
+        return load(folder if folder.is_dir() else config.model_name)
+    except Exception as error:  # transformers and the hub client each raise their own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelLoadError(
+            f'model_name: the tokenizer of "{config.model_name}" could not be loaded ({reason}); give a folder with '
+            "tokenizer.json, or a Hugging Face name that can be reached"
+        ) from error
+
+
+def check_output(folder: str | None) -> None:
+    """Refuse, without making it, a run folder that cannot be made or is taken."""
+    path = Path(folder or "runs").expanduser()
+    if (path / "metrics.jsonl").exists():
+        raise CheckpointError(
+            f'output_dir: "{path}" already holds a run (metrics.jsonl), and a second one would mix with it; choose '
+            "another folder or remove it"
+        )
+    above = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f'output_dir: "{path}" cannot be written to ({above}: {error.strerror}); choose another folder'
+        ) from error
+
+
+# Rows ----------------------------------------------------------------------------------------------------
+
+
+def read_rows(config: TrainingConfig, kind: Kind) -> DataSplits:
+    """The rows that the config names.
+
+    Raises:
+        DataLoadError: file, line and what was found. InvalidConfigurationError: no data are named at all.
+    """
+    if config.train_path is None and config.dataset_name is None:
+        raise InvalidConfigurationError(
+            "train_path: no data are named; give --train-path FILE, or --dataset-name NAME of a Hugging Face data set"
+        )
+    return load_data(config, kind)
+
+
+def digit_rows(config: TrainingConfig) -> DataSplits:
+    """The prompts that mlx-rlhf's ``ppo_training.py`` makes for itself: the even numbers from 0 to 300, as text."""
+    return DataSplits(load_prompts(digit_prompts(DIFFERENT_PROMPTS, config.seed), config), None, 0)
+
+
+def prompt_lengths(config: PPOConfig, rows: Any, *, every: bool) -> list[int]:
+    """Tokens of the prompts that are trained on; of a large file's first ones, unless ``every``.
+
+    Raises:
+        DataLoadError: a prompt that cannot be used, or is too long.
+    """
+    count = len(rows) if every else min(len(rows), COUNTED_ROWS)
+    some = rows if count == len(rows) else [rows[i] for i in range(count)]
+    prompts = PreparedPrompts(
+        load_tokenizer(config),
+        some,
+        max_prompt_length=config.max_prompt_length,
+        overflow=config.prompt_overflow,
+    )
+    return [len(prompt.ids) for prompt in prompts]
+
+
+def row_lengths(config: SFTConfig | RewardModelConfig, rows: Any, *, every: bool) -> list[int]:
+    """Tokens of prompt and (longest) answer of each row; of a large file's first ones, unless ``every``.
+
+    Raises:
+        DataLoadError: a row that cannot be used, or is too long.
+    """
+    tokenizer, limit = load_tokenizer(config), config.max_sequence_length
+    lengths = []
+    for i in range(len(rows) if every else min(len(rows), COUNTED_ROWS)):
+        try:
+            length = _row_length(tokenizer, rows[i])
+        except DataLoadError as error:
+            raise DataLoadError(f"{place_of(rows, i, 'rows')}: {error}") from error
+        if length > limit:
+            raise DataLoadError(
+                f"{place_of(rows, i, 'rows')}: {length} tokens, max_sequence_length is {limit}; shorten the row or "
+                "raise the limit"
+            )
+        lengths.append(length)
+    return lengths
+
+
+def _row_length(tokenizer: Any, row: Mapping[str, Any]) -> int:
+    answers = [side for side in ("chosen", "rejected") if side in row] or ["completion"]
+    return max(sum(map(len, encode_pair(tokenizer, row, answer))) for answer in answers)

@@ -1,0 +1,197 @@
+"""Options made from a declaration: every field of a config class is a flag, grouped, with meaning and default.
+
+A flag's value stays text until ``config.loader`` checks it as it checks files, so that a wrong one gets the same
+sentence wherever it stands. Flags and ``--set`` are applied in the order in which they are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Collection
+from typing import Any
+
+from command_line.parsing import Parser, one_of
+from config.declaration import Declaration
+from config.errors import InvalidConfigurationError
+from config.loader import Loaded, load_config
+from config.older.systems import find_system
+from config.options import Option, sections_of
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+# Options -------------------------------------------------------------------------------------------------
+
+
+class _Value(argparse.Action):
+    """Appends (field, text) to ``options.overrides``, behind what was given before it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        add_override(namespace, self.dest, values)
+
+
+class _Switch(argparse.Action):
+    """``--x`` and ``--no-x`` of a field that is true or false."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        add_override(namespace, self.dest, option_string not in self.option_strings[1:])
+
+
+class _Assignment(argparse.Action):
+    """``--set NAME=VALUE``, in the order of the flags around it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        name, equals, value = values.partition("=")
+        if not equals or not name.strip():
+            raise argparse.ArgumentError(self, f"NAME=VALUE is expected, found {values!r}")
+        add_override(namespace, name.strip(), value)
+
+
+def add_override(namespace: argparse.Namespace, field: str, value: Any) -> None:
+    """One more (field, value) of the command line; the last of a field counts."""
+    namespace.overrides = [*getattr(namespace, "overrides", []), (field, value)]
+
+
+def add_source_options(parser: Parser) -> None:
+    """Where a config comes from: preset, files, single settings."""
+    sources = parser.add_argument_group(
+        "configuration", "defaults < preset < files, left to right < MLX_PPO_… < options of the command line"
+    )
+    sources.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="TOML, YAML or JSON; sections are headings, later files win",
+    )
+    sources.add_argument("--preset", metavar="NAME", help="a file of config/presets to start from")
+    sources.add_argument(
+        "--set",
+        action=_Assignment,
+        default=argparse.SUPPRESS,
+        metavar="NAME=VALUE",
+        help="one setting, by any of the names a file may use; repeatable",
+    )
+    sources.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse settings of other systems that would train something else than they do there",
+    )
+    sources.add_argument(
+        "--from",
+        dest="from_system",
+        metavar="SYSTEM",
+        help="the flags of an older system follow, with their meaning and defaults there (docs/command_line.md)",
+    )
+    parser.set_defaults(overrides=[])
+    parser.adopt = _adopt
+
+
+def _adopt(parser: Parser, name: str) -> None:
+    """Add an older system's flags; where one is spelled like one of ours, it means what it means there."""
+    system = find_system(name)
+    group = parser.add_argument_group(f"flags of {system.title}", conflict_handler="resolve")
+    for flag in system.flags:
+        name = flag.name.replace("_", "-")
+        options, kind = [f"--{name}" if len(name) > 1 else f"-{name}"], {"action": _Value, "metavar": "VALUE"}
+        if flag.is_switch:
+            options, kind = [*options, f"--no-{name}"], {"action": _Switch, "nargs": 0}
+        group.add_argument(
+            *options,
+            dest=flag.name.replace("-", "_"),
+            default=argparse.SUPPRESS,
+            help=flag.meaning.replace("%", "%%"),
+            **kind,
+        )
+
+
+def add_run_options(parser: Parser) -> None:
+    """What every command that trains takes besides its config."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    run.add_argument("--explain", action="store_true", help="print every setting and where it came from")
+    add_log_level(run)
+    run.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="not there yet: says what is")
+
+
+def add_log_level(parser: Any) -> None:
+    """How much is printed, ours and the libraries'."""
+    parser.add_argument(
+        "--log-level",
+        type=lambda text: one_of(LOG_LEVELS)(text.upper()),
+        default="INFO",
+        metavar="LEVEL",
+        help="DEBUG, INFO, WARNING (no plan, no progress) or ERROR (default INFO)",
+    )
+
+
+def add_config_options(parser: Parser, cls: type[Declaration], leave_out: Collection[str] = ()) -> None:
+    """Configuration sources, then a flag for each field of ``cls`` under the heading of its section."""
+    add_source_options(parser)
+    for section, fields in sections_of(cls).items():
+        group = parser.add_argument_group(section)
+        for field in fields:
+            if field.name not in leave_out:
+                _add_field(group, field)
+
+
+def _add_field(group: Any, field: Option) -> None:
+    names = ["--" + field.name.replace("_", "-")]
+    kind: dict[str, Any] = {"action": _Value, "metavar": _metavar(field)}
+    if field.is_switch:
+        names.append("--no-" + names[0][2:])
+        kind = {"action": _Switch, "nargs": 0}
+    group.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=_help(field), **kind)
+
+
+def _metavar(field: Option) -> str:
+    """What a value looks like: its choices, or N, X, TEXT, A,B,… or JSON."""
+    if field.choices:
+        return "|".join(str(choice) for choice in field.choices)
+    return {int: "N", float: "X", str: "TEXT", list: "A,B,…"}.get(field.base, "JSON")
+
+
+def _help(field: Option) -> str:
+    parts = [] if field.default is None or field.is_nested else [f"default {field.shown(field.default)}"]
+    parts += [field.limits] if field.limits else []
+    return (field.meaning + (f" ({'; '.join(parts)})" if parts else "")).replace("%", "%%")
+
+
+# Loading -------------------------------------------------------------------------------------------------
+
+
+def load(cls: type[Any], options: argparse.Namespace) -> Loaded:
+    """The config that files, environment and flags make; what the loader has to say is printed.
+
+    Raises:
+        InvalidConfigurationError: one sentence, naming file and line or the option.
+    """
+    if getattr(options, "resume", None) is not None:
+        raise InvalidConfigurationError(
+            "--resume: a run cannot be continued yet; what there is: its weights are in RUN/final, or in "
+            "RUN/interrupted if it was stopped, and --adapter-path starts a new run from either"
+        )
+    level = getattr(logging, getattr(options, "log_level", "INFO"))
+    # INFO is ours; what libraries say at that level (each request to the hub, …) is for DEBUG.
+    logging.basicConfig(
+        level=level if level != logging.INFO else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    if level >= logging.WARNING:
+        add_override(options, "verbose", False)
+    loaded: Loaded = load_config(
+        cls,
+        preset=options.preset,
+        files=options.config,
+        overrides=options.overrides,
+        older=options.from_system,
+        strict=options.strict,
+    )
+    for note in loaded.notes:
+        loud = note.startswith("WARNING")
+        if loud or level < logging.WARNING:
+            print(note if loud else f"note: {note}", file=sys.stderr)
+    return loaded

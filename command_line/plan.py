@@ -1,0 +1,135 @@
+"""What a run is going to do, in a few lines: rows, steps, tokens, memory. No weight is loaded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from base_setup.memory_estimate import GB, MemoryEstimate, describe, predict
+from command_line.checks import COUNTED_ROWS, model_config, prompt_lengths, row_lengths
+from config.ppo_config import PPOConfig
+from config.supervised_config import RewardModelConfig, SFTConfig
+from config.training_config import TrainingConfig
+from data_loading.loading import DataSplits
+from ppo_trainer.algorithms import find_algorithm
+from ppo_trainer.resolution import updates_per_batch
+from rewards.composition import RewardSet
+
+
+def memory_lines(config: PPOConfig) -> list[str]:
+    """The estimate of ``base_setup.memory_estimate`` for a resolved config."""
+    return describe(model_config(config), config, critic=find_algorithm(config.algorithm).needs_critic)
+
+
+def steps_of(config: PPOConfig, data: DataSplits) -> int:
+    """Batches of rollouts in the whole run."""
+    return config.num_steps or config.num_epochs * -(-len(data.train) // config.batch_size)
+
+
+def training_plan(config: PPOConfig, data: DataSplits, rewards: RewardSet, *, dry: bool) -> list[str]:
+    """The plan of ``train``, a line for each thing; with ``dry`` the memory in all its parts.
+
+    Raises:
+        DataLoadError: a prompt cannot be used; with ``dry`` every one is looked at.
+    """
+    lengths = prompt_lengths(config, data.train, every=dry)
+    measured = config.replace(max_prompt_length=max(lengths))
+    steps, completions = steps_of(config, data), config.batch_size * config.group_size
+    per_epoch = -(-len(data.train) // config.batch_size)
+    passes = f"{config.num_epochs} epochs × {per_epoch} = " if config.num_steps is None else ""
+    updates = _counted(updates_per_batch(config), "update")
+    lines = [
+        ("run", f"{config.algorithm} on {config.model_name}, {_trained(config)}, seed {config.seed}"),
+        ("data", _rows(data, lengths, "prompts")),
+        ("rewards", ", ".join(f"{n} × {w:g}" for n, w in zip(rewards.names, rewards.weights, strict=True))),
+        (
+            "steps",
+            f"{passes}{_counted(steps, 'step')} of {_counted(config.batch_size, 'prompt')} × "
+            f"{_counted(config.group_size, 'completion')}, {updates} each",
+        ),
+        ("tokens", f"at most {steps * completions * config.max_new_tokens:,} sampled"),
+    ]
+    if dry:
+        return [*_table(lines), "", *memory_lines(measured)]
+    critic = find_algorithm(config.algorithm).needs_critic
+    return _table([*lines, ("memory", _memory(predict(model_config(config), measured, critic=critic)))])
+
+
+def supervised_plan(
+    stage: str, config: SFTConfig | RewardModelConfig, data: DataSplits, *, dry: bool
+) -> list[str]:
+    """The plan of ``sft`` and ``reward-model``.
+
+    Raises:
+        DataLoadError: a row cannot be used; with ``dry`` every one is looked at.
+    """
+    lengths = row_lengths(config, data.train, every=dry)
+    seen = config.num_steps * config.batch_size
+    return _table(
+        [
+            ("run", f"{stage} on {config.model_name}, {_trained(config)}, seed {config.seed}"),
+            ("data", _rows(data, lengths, "rows")),
+            (
+                "steps",
+                f"{_counted(config.num_steps, 'step')} of {_counted(config.batch_size, 'row')}, "
+                f"{seen / len(data.train):.3g} passes over the rows",
+            ),
+            ("tokens", f"about {round(seen * sum(lengths) / len(lengths)):,}"),
+            ("memory", _memory(supervised_memory(config, max(lengths)))),
+        ]
+    )
+
+
+def supervised_memory(config: SFTConfig | RewardModelConfig, longest: int) -> MemoryEstimate:
+    """The estimate of a gradient pass over rows of ``longest`` tokens each: no rollouts, no reference.
+
+    In SFT half of a row is taken to be completion, whose logits are needed. A reward model's rows are pairs, and its
+    head is one number wide.
+    """
+    pairs = isinstance(config, RewardModelConfig)
+    rows = config.batch_size * (2 if pairs else 1)
+    new = 1 if pairs else max(1, longest // 2)
+    shared = ("fine_tune_type", "lora_r", "lora_layers", "optimizer_bits", "gradient_checkpointing")
+    options = PPOConfig(
+        algorithm="reinforce",
+        batch_size=rows,
+        group_size=1,
+        micro_batch_size=min(config.micro_batch_size or rows, rows),
+        max_prompt_length=max(1, longest - new),
+        max_new_tokens=new,
+        reference="none",
+        kl_coef=0.0,
+        **{name: getattr(config, name) for name in shared},
+    )
+    whole = predict(model_config(config), options, critic=False)
+    return MemoryEstimate(whole.lasting, {name: whole.phases[name] for name in ("gradient pass", "update")})
+
+
+def _table(lines: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"  {label:9s}{text}" for label, text in lines]
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}{'s' if number != 1 else ''}"
+
+
+def _trained(config: TrainingConfig) -> str:
+    if config.fine_tune_type == "full":
+        return "every weight trains"
+    return f"adapters of rank {config.lora_r} train"
+
+
+def _rows(data: DataSplits, lengths: Sequence[int], what: str) -> str:
+    span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(max(lengths))
+    text = f"{len(data.train):,} {what} of {span} tokens"
+    if len(data.train) > len(lengths) == COUNTED_ROWS:
+        text += f" (by the first {COUNTED_ROWS:,})"
+    if data.validation is not None:
+        text += f", {len(data.validation):,} for validation"
+        if data.leaks:
+            text += f", of which {data.leaks} have a prompt that is trained on, too"
+    return text
+
+
+def _memory(estimate: MemoryEstimate) -> str:
+    size = f"{estimate.peak / GB:.3g} GB" if estimate.peak >= GB / 10 else f"{estimate.peak / 1e6:.3g} MB"
+    return f"about {size} at the peak, in the {estimate.phase} (estimated)"

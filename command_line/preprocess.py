@@ -1,0 +1,42 @@
+"""``preprocess``: rows to JSONL, or to token files that training maps into memory."""
+
+from __future__ import annotations
+
+import argparse
+
+from command_line.config_options import add_config_options, add_log_level, load
+from command_line.parsing import Command, Parser
+from config.training_config import TrainingConfig
+
+
+def _options(parser: Parser) -> None:
+    parser.add_argument(
+        "--output-train-path",
+        required=True,
+        metavar="PATH",
+        help="a file ending in .jsonl or .json, or the prefix of .npy files",
+    )
+    parser.add_argument("--output-val-path", metavar="PATH", help="the same for the validation rows")
+    add_log_level(parser)
+    add_config_options(parser, TrainingConfig)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the files and say what is in them."""
+    config = load(TrainingConfig, options).config
+    from data_loading.preprocessing import preprocess
+
+    print(preprocess(config, options.output_train_path, options.output_val_path))
+    return 0
+
+
+PREPROCESS = Command(
+    "preprocess",
+    "write a config's rows as JSONL, or tokenised once as NPY",
+    _options,
+    run,
+    [
+        "preprocess --config run.yaml --output-train-path clean.jsonl",
+        "preprocess --model-name embedded --train-path pairs.jsonl --output-train-path tokens/train",
+    ],
+)

@@ -1,0 +1,52 @@
+"""The older systems, found by name or recognised by the names that a file has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from config.declaration import nearest
+from config.errors import InvalidConfigurationError
+from config.older import mlx_grpo, mlx_grpo_gsm8k, mlx_rl_trainer, mlx_rlhf
+from config.older.names import Flag, System
+from config.older.trl import MLX_LM, TRL
+
+SYSTEMS: dict[str, System] = {
+    system.name: system
+    for system in (
+        mlx_rl_trainer.SYSTEM,
+        mlx_grpo.SYSTEM,
+        mlx_grpo_gsm8k.SYSTEM,
+        mlx_rlhf.SYSTEM,
+        TRL,
+        MLX_LM,
+    )
+}
+
+
+def find_system(name: str) -> System:
+    """The system of this name; - and _ are the same."""
+    wanted = name.strip().lower().replace("_", "-")
+    if wanted not in SYSTEMS:
+        raise InvalidConfigurationError(
+            f'from: there is no system "{name}"{nearest(wanted, SYSTEMS)} (there are: {", ".join(SYSTEMS)})'
+        )
+    return SYSTEMS[wanted]
+
+
+def recognise(names: Collection[str], headings: Collection[str], ours: Collection[str]) -> str | None:
+    """The system whose file has these names and headings; None for one of ours.
+
+    A heading of theirs decides; else the system that knows most of the names that are not ours.
+    """
+    foreign = set(names) - set(ours)
+    for system in SYSTEMS.values():
+        if system.headings & set(headings) and (foreign & system.settings.keys() or "mlx_grpo" in headings):
+            return system.name
+    known = {name: len(foreign & system.settings.keys()) for name, system in SYSTEMS.items()}
+    best = max(known, key=lambda name: known[name])
+    return best if known[best] else None
+
+
+def older_flags(system: str) -> dict[str, Flag]:
+    """The flags of an older system's command line that are not options of ours, by name."""
+    return {flag.name: flag for flag in find_system(system).flags}

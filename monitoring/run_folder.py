@@ -1,0 +1,67 @@
+"""The folder of a run: made, proved writable and not taken, before anything is computed for it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from config.errors import CheckpointError
+
+
+def prepare_folder(name: str | Path) -> Path:
+    """Make the run folder ``output_dir``, or say why it cannot be used.
+
+    Raises:
+        CheckpointError: it cannot be written to, or another run is in it.
+    """
+    folder = writable_folder(name, "output_dir")
+    if (folder / "metrics.jsonl").exists():
+        raise CheckpointError(
+            f'output_dir: "{folder}" already holds a run (metrics.jsonl), and a second one would mix with it; '
+            "choose another folder or remove it"
+        )
+    return folder
+
+
+def writable_folder(name: str | Path, option: str) -> Path:
+    """Make a folder and prove that files can be written to it.
+
+    Raises:
+        CheckpointError: they cannot; the sentence begins with ``option``.
+    """
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f'{option}: "{folder}" cannot be written to ({error.strerror or error}); choose another folder'
+        ) from error
+    return folder
+
+
+def default_folder(stage: str) -> Path:
+    """``runs/STAGE-DATE-TIME``, with a number where two runs start within a second."""
+    folder = Path("runs") / f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON.
+
+    Raises:
+        CheckpointError: naming the path.
+    """
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error

@@ -1,0 +1,69 @@
+"""From what a user calls rewards to the set that a run scores with, learned models among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from config.errors import ModelLoadError
+from config.ppo_config import PPOConfig
+from models.reward_model import SETTINGS, RewardModel
+from models.sequence_classifier import SequenceClassifier, is_classifier
+from models.sft_model import LanguageModel
+from rewards.composition import RewardSet
+from rewards.registry import resolve
+
+LEARNED = "learned:"
+
+
+def build_rewards(spec: Any, config: PPOConfig, base: LanguageModel | None = None) -> RewardSet:
+    """The rewards that ``spec`` names, as ``config`` has them composed and limited.
+
+    Without ``base`` no weight is loaded: what is learned stands there by name only, checked for being there.
+    """
+    options: dict[str, Any] = {
+        "composition": config.reward_composition,
+        "timeout": config.reward_timeout,
+        "on_error": config.on_reward_error,
+    }
+    if isinstance(spec, RewardSet):  # it has its own, unless the config says otherwise on purpose
+        fields = {
+            "composition": "reward_composition",
+            "timeout": "reward_timeout",
+            "on_error": "on_reward_error",
+        }
+        options = {name: options[name] for name, field in fields.items() if config.was_set(field)}
+    return RewardSet.build(
+        spec, config.reward_weights, resolver=lambda part: _resolved(part, base), **options
+    )
+
+
+def _resolved(part: Any, base: LanguageModel | None) -> Any:
+    """One reward; a learned one is loaded, and made to read the policy's tokens where it has the same vocabulary."""
+    name = part.get("name") if isinstance(part, Mapping) else part
+    if isinstance(name, str) and name.startswith(LEARNED):
+        folder = Path(name.removeprefix(LEARNED)).expanduser()
+        part = _by_name_only(folder) if base is None else _load(folder, base)
+    if isinstance(part, RewardModel) and base is not None:
+        return part.for_tokenizer(base.tokenizer)
+    return resolve(part)
+
+
+def _by_name_only(folder: Path) -> Callable[..., list[float]]:
+    if not (folder / SETTINGS).is_file() and not is_classifier(folder):
+        raise ModelLoadError(
+            f'reward: "{LEARNED}{folder}" is no folder of a reward model; expected is one that RewardModel.save wrote '
+            f"({SETTINGS}), or a checkpoint of an architecture …ForSequenceClassification (config.json)"
+        )
+
+    def reward_model(completions: list[Any]) -> list[float]:
+        raise ModelLoadError(f"reward: {folder} has not been loaded")
+
+    return reward_model
+
+
+def _load(folder: Path, base: LanguageModel) -> RewardModel | SequenceClassifier:
+    if (folder / SETTINGS).is_file():
+        return RewardModel.load(folder, base if RewardModel.base_name(folder) == base.name else None)
+    return SequenceClassifier.load(folder)
