@@ -60,7 +60,8 @@ def _in_a_thread(seconds: float, function: Callable[[], T]) -> T:
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=work, name="reward", daemon=True)  # daemon: it must not hold up the exit
+    # Under the name of its caller; daemon: it must not hold up the exit.
+    thread = threading.Thread(target=work, name=threading.current_thread().name, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
