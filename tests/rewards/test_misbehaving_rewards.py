@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import signal
 import threading
@@ -111,10 +112,8 @@ def loops(completions: list[str]) -> list[float]:
 
 def swallows(completions: list[str]) -> list[float]:
     for _ in range(3):
-        try:
+        with contextlib.suppress(BaseException):
             time.sleep(60)
-        except BaseException:
-            pass
     time.sleep(60)
     return []
 
