@@ -16,13 +16,10 @@ they are is found by asking again row by row, and a reward that ran out of time 
 
 from __future__ import annotations
 
-import functools
-import math
-import numbers
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,8 +28,8 @@ from rewards.calling import SEARCH, Caller, Heard, RewardTimeout, TrainerState, 
 from rewards.checking import FLOAT32_MAX, checked_values
 from rewards.registry import Reward, resolve
 from rewards.scored_batch import ScoredBatch
+from rewards.specification import Composition, check_composition, checked_weights, parts_of, unique_names
 
-Composition = Literal["weighted_sum", "weighted_mean_clip01", "sum"]
 OnError = Literal["stop", "skip"]
 
 
@@ -69,10 +66,10 @@ class RewardSet:
                     f"A reward is a {type(reward).__name__} ({reward!r}), which cannot be called; "
                     f"RewardSet.build turns names into callables."
                 )
-        self.names: list[str] = _unique_names(self.rewards)
-        self.weights: list[float] = _checked_weights(weights, self.names)
+        self.names: list[str] = unique_names(self.rewards)
+        self.weights: list[float] = checked_weights(weights, self.names)
         self.composition = composition
-        _check_composition(composition, self.names, self.weights, given=weights is not None)
+        check_composition(composition, self.names, self.weights, given=weights is not None)
         self.timeout = timeout
         self.on_error = on_error
         self.state = TrainerState()
@@ -108,7 +105,7 @@ class RewardSet:
                 timeout=spec.timeout if timeout is None else timeout,
                 on_error=on_error or spec.on_error,
             )
-        parts, own = _parts(spec)
+        parts, own = parts_of(spec)
         if own is not None and weights is not None:
             raise InvalidConfigurationError(
                 "Reward weights were given twice, in the mapping and beside it; keep one of the two."
@@ -142,14 +139,11 @@ class RewardSet:
         heard = Heard(rows)
         caller = Caller(offered, heard, self.state, self.timeout)
         rewards = dict(zip(self.names, self.rewards, strict=True))
-        try:
-            returned = caller.call_all(rewards, stop=self.on_error == "stop")
-        except RewardError as error:
-            raise self._with_its_row(error, rewards, caller) from error.__cause__
+        returned = caller.call_all(rewards, stop=self.on_error == "stop")
         components: dict[str, np.ndarray] = {}
         failed = np.zeros(rows, dtype=bool)
-        for name in self.names:
-            components[name], lost = self._settled(name, returned[name], rewards[name], caller)
+        for name, said in returned.items():
+            components[name], lost = self._settled(name, said, rewards[name], caller)
             failed |= lost
         total = self._composed(components, rows)
         total[failed] = np.nan
@@ -170,13 +164,13 @@ class RewardSet:
             values, unusable = checked_values(name, returned, rows)
         except RewardError as error:
             if self.on_error == "stop":
-                raise
+                raise self._with_its_row(error, name, reward, caller) from error.__cause__
             self._remark(f"{name} failed", f"{error} Its rows are skipped.")
             return self._row_by_row(name, reward, error, caller)
         if unusable and self.on_error == "stop":
             raise next(iter(unusable.values()))
-        for row, error in unusable.items():
-            self._remark(f"{name} failed", f"{error} The row is skipped.")
+        for row, problem in unusable.items():
+            self._remark(f"{name} failed", f"{problem} The row is skipped.")
             lost[row] = True
         return values, lost
 
@@ -202,16 +196,14 @@ class RewardSet:
             return np.full(rows, np.nan, dtype=np.float32), np.ones(rows, dtype=bool)
         return values, lost
 
-    def _with_its_row(self, error: RewardError, rewards: Mapping[str, Reward], caller: Caller) -> RewardError:
+    def _with_its_row(self, error: RewardError, name: str, reward: Reward, caller: Caller) -> RewardError:
         """The error, naming the row that is to blame where that can be found within ``SEARCH`` seconds."""
-        name = next((n for n in rewards if str(error).startswith(f"Reward {n!r}")), None)
-        if name is None or isinstance(error, RewardTimeout) or caller.rows < 2 or error.row is not None:
-            return error
-        if error.__cause__ is None:  # it was not called: a signature that does not fit
+        raised = error.__cause__ is not None and error.row is None
+        if not raised or isinstance(error, RewardTimeout) or caller.rows < 2:
             return error
         end = time.monotonic() + SEARCH
         for row in range(caller.rows):
-            if isinstance(caller.call_row(name, rewards[name], row), RewardError):
+            if isinstance(caller.call_row(name, reward, row), RewardError):
                 return with_its_row(error, row, caller.offered["completions"])
             if time.monotonic() > end:
                 break
@@ -253,95 +245,3 @@ class RewardSet:
                 row=row,
             )
         return total.astype(np.float32)  # (B,)
-
-
-# What sets are made of ---------------------------------------------------------------------------------
-
-
-def _parts(spec: object) -> tuple[list[Any], list[float] | None]:
-    """What a specification names, for ``resolve``, and the weights that are written in it; None = none is."""
-    if spec is None:
-        return [], None
-    if _is_entry(spec):
-        spec = [spec]
-    if isinstance(spec, Mapping):
-        return list(spec), list(spec.values())
-    if isinstance(spec, str) or callable(spec) or not isinstance(spec, Iterable):
-        return [spec], None
-    parts = list(spec)
-    for part in parts:
-        if isinstance(part, Mapping) and not _is_entry(part):
-            raise InvalidConfigurationError(
-                f"The reward {dict(part)!r} has no name; an entry is "
-                '{"name": …, "weight": …, "config": {…}}, of which only the name is needed.'
-            )
-    if not any(_is_entry(part) and part.get("weight") is not None for part in parts):
-        return parts, None
-    return parts, [part.get("weight", 1.0) if _is_entry(part) else 1.0 for part in parts]
-
-
-def _is_entry(part: Any) -> bool:
-    return isinstance(part, Mapping) and isinstance(part.get("name"), str)
-
-
-def _check_composition(
-    composition: str, names: Sequence[str], weights: Sequence[float], *, given: bool
-) -> None:
-    if composition not in get_args(Composition):
-        raise InvalidConfigurationError(
-            f"reward_composition: {composition!r} is none of {', '.join(get_args(Composition))}."
-        )
-    if composition == "sum" and given and any(weight != 1 for weight in weights):
-        raise InvalidConfigurationError(
-            "reward_composition: a sum has no weights, but there are "
-            f"{', '.join(f'{n} {w:g}' for n, w in zip(names, weights, strict=True))}; leave them out, or "
-            'use "weighted_sum".'
-        )
-    if composition == "weighted_mean_clip01" and (min(weights) < 0 or sum(weights) == 0):
-        raise InvalidConfigurationError(
-            "reward_composition: the weights of a weighted mean are at least 0 and not all 0, but there are "
-            f"{', '.join(f'{n} {w:g}' for n, w in zip(names, weights, strict=True))}."
-        )
-
-
-def _checked_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
-    if weights is None:
-        return [1.0] * len(names)
-    weights = list(weights)
-    if len(weights) != len(names):
-        raise InvalidConfigurationError(
-            f"{len(weights)} reward weights were given for {len(names)} rewards ({', '.join(names)}); "
-            f"give one weight per reward, or none for a weight of 1 each."
-        )
-    weight: Any
-    for name, weight in zip(names, weights, strict=True):
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise InvalidConfigurationError(
-                f"The weight of reward {name!r} is {weight!r}; expected a finite number, negative to punish."
-            )
-    return [float(weight) for weight in weights]
-
-
-# Naming ----------------------------------------------------------------------------------------------
-
-
-def _unique_names(rewards: Sequence[Reward]) -> list[str]:
-    """The names under which the components are logged; the second ``length`` is ``length_2``."""
-    taken: list[str] = []
-    for reward in rewards:
-        base = _name_of(reward)
-        name, count = base, 1
-        while name in taken:
-            count += 1
-            name = f"{base}_{count}"
-        taken.append(name)
-    return taken
-
-
-def _name_of(reward: Reward) -> str:
-    plain: Callable[..., Any] = reward
-    while isinstance(plain, functools.partial) and not hasattr(plain, "reward_name"):
-        plain = plain.func
-    name = getattr(plain, "reward_name", None) or getattr(plain, "__name__", None) or type(plain).__name__
-    # It becomes a part of metric names such as rewards/NAME/mean.
-    return str(name).strip("<>").replace("/", "_")
