@@ -102,15 +102,14 @@ class Judge(RowReward):
         unknown.sort()
         size = self.rows_per_request
         requests = [unknown[start : start + size] for start in range(0, len(unknown), size)]
-        with ThreadPoolExecutor(min(self.concurrency, max(len(requests), 1)), "judge") as pool:
+        pool = ThreadPoolExecutor(min(self.concurrency, max(len(requests), 1)), "judge")
+        try:
             asked = [pool.submit(self._ask, [rows[i] for i in numbers], numbers) for numbers in requests]
-            try:
-                for numbers, future in zip(requests, asked, strict=True):
-                    for number, score in zip(numbers, future.result(), strict=True):
-                        cache.put(keys[number], score)  # what has been paid for is kept, whatever comes after
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for numbers, future in zip(requests, asked, strict=True):
+                for number, score in zip(numbers, future.result(), strict=True):
+                    cache.put(keys[number], score)  # what has been paid for is kept, whatever comes after
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         scores = [cache.get(key) for key in keys]
         span = self.highest - self.lowest
         return [
