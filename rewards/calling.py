@@ -86,19 +86,20 @@ class Caller:
     def call_all(self, rewards: Mapping[str, Reward], *, stop: bool) -> dict[str, Any]:
         """What each reward returned, or the ``RewardError`` that it ended in; ``async`` rewards wait together.
 
+        With ``stop`` nothing is called after one that fails, and only that one is returned.
+
         Raises:
-            RewardError: of the first that fails, if ``stop``.
+            RewardError: for a signature that asks for what is not there.
         """
         returned: dict[str, Any] = {}
         try:
             for name, reward in rewards.items():
                 returned[name] = self._call(name, reward, self.offered)
                 if stop and isinstance(returned[name], RewardError):
-                    raise returned[name]
+                    _close(returned)
+                    return {name: returned[name]}
         except BaseException:
-            for value in returned.values():
-                if inspect.iscoroutine(value):
-                    value.close()  # or Python complains, after our sentence, that it was never awaited
+            _close(returned)
             raise
         waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
         if waiting:
@@ -205,6 +206,12 @@ class Caller:
 
 
 _OURS = (__file__, call_within.__code__.co_filename)
+
+
+def _close(returned: Mapping[str, Any]) -> None:
+    for value in returned.values():
+        if inspect.iscoroutine(value):
+            value.close()  # or Python complains, after our sentence, that it was never awaited
 
 
 def with_its_row(error: RewardError, row: int, completions: Sequence[Any]) -> RewardError:

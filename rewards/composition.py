@@ -142,14 +142,11 @@ class RewardSet:
         heard = Heard(rows)
         caller = Caller(offered, heard, self.state, self.timeout)
         rewards = dict(zip(self.names, self.rewards, strict=True))
-        try:
-            returned = caller.call_all(rewards, stop=self.on_error == "stop")
-        except RewardError as error:
-            raise self._with_its_row(error, rewards, caller) from error.__cause__
+        returned = caller.call_all(rewards, stop=self.on_error == "stop")
         components: dict[str, np.ndarray] = {}
         failed = np.zeros(rows, dtype=bool)
-        for name in self.names:
-            components[name], lost = self._settled(name, returned[name], rewards[name], caller)
+        for name, said in returned.items():
+            components[name], lost = self._settled(name, said, rewards[name], caller)
             failed |= lost
         total = self._composed(components, rows)
         total[failed] = np.nan
@@ -170,7 +167,7 @@ class RewardSet:
             values, unusable = checked_values(name, returned, rows)
         except RewardError as error:
             if self.on_error == "stop":
-                raise
+                raise self._with_its_row(error, name, reward, caller) from error.__cause__
             self._remark(f"{name} failed", f"{error} Its rows are skipped.")
             return self._row_by_row(name, reward, error, caller)
         if unusable and self.on_error == "stop":
@@ -202,16 +199,14 @@ class RewardSet:
             return np.full(rows, np.nan, dtype=np.float32), np.ones(rows, dtype=bool)
         return values, lost
 
-    def _with_its_row(self, error: RewardError, rewards: Mapping[str, Reward], caller: Caller) -> RewardError:
+    def _with_its_row(self, error: RewardError, name: str, reward: Reward, caller: Caller) -> RewardError:
         """The error, naming the row that is to blame where that can be found within ``SEARCH`` seconds."""
-        name = next((n for n in rewards if str(error).startswith(f"Reward {n!r}")), None)
-        if name is None or isinstance(error, RewardTimeout) or caller.rows < 2 or error.row is not None:
-            return error
-        if error.__cause__ is None:  # it was not called: a signature that does not fit
+        raised = error.__cause__ is not None and error.row is None
+        if not raised or isinstance(error, RewardTimeout) or caller.rows < 2:
             return error
         end = time.monotonic() + SEARCH
         for row in range(caller.rows):
-            if isinstance(caller.call_row(name, rewards[name], row), RewardError):
+            if isinstance(caller.call_row(name, reward, row), RewardError):
                 return with_its_row(error, row, caller.offered["completions"])
             if time.monotonic() > end:
                 break
