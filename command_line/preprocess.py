@@ -6,9 +6,16 @@ import argparse
 
 from command_line.config_options import add_config_options, add_log_level, load
 from command_line.parsing import Command, Parser, one_of
+from config.ppo_config import PPOConfig
+from config.supervised_config import RewardModelConfig, SFTConfig
 from config.training_config import TrainingConfig
 
-KINDS = ("prompts", "pairs", "preferences")
+#: What rows are for, and the config of the stage that reads them: its files are read without a word on the others.
+KINDS: dict[str, type[TrainingConfig]] = {
+    "prompts": PPOConfig,
+    "pairs": SFTConfig,
+    "preferences": RewardModelConfig,
+}
 
 
 def _options(parser: Parser) -> None:
@@ -33,7 +40,7 @@ def _options(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the files and say what is in them."""
-    config = load(TrainingConfig, options).config
+    config = load(KINDS[options.kind], options).config
     from command_line.checks import check_model, load_tokenizer
     from data_loading.preprocessing import preprocess
 
