@@ -30,7 +30,7 @@ class PPOConfig(TrainingConfig):
     """
 
     algorithm: str = option(
-        section="algorithm",
+        section="method",
         default="ppo",
         meaning="A row of ppo_trainer/algorithms.py: ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, gdpo, "
         "opo, rloo, reinforce, reinforce_pp, reinforce_pp_baseline, remax.",

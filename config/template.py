@@ -9,7 +9,7 @@ from typing import Any
 
 from config.declaration import nearest, shown
 from config.errors import InvalidConfigurationError
-from config.options import Option, sections_of
+from config.options import Option, plain, sections_of
 from config.ppo_config import PPOConfig
 
 SUFFIXES = (".yaml", ".yml", ".toml")
@@ -124,11 +124,12 @@ def _chosen(options: list[Option], values: Mapping[str, Any], everything: bool) 
     return [one for one in options if one.name in values or everything or one.name == "rewards"]
 
 
-def _example(option: Option) -> str | None:
-    """What a comment shows in place of a default that is no value; None where there is nothing to show."""
-    if option.name == "rewards":
-        return '["well_formed"]'
-    return None if option.default is None or option.is_nested else option.shown(option.default)
+def _example(option: Option, equals: str, absent: str) -> str:
+    """What a comment shows: the default, and for rewards how one is named."""
+    default = ["well_formed"] if option.name == "rewards" else plain(option.default)
+    if isinstance(default, dict):
+        default = {key: value for key, value in default.items() if value is not None}
+    return absent if default is None else _written(default, equals)
 
 
 def _toml(section: str, options: list[Option], values: Mapping[str, Any], everything: bool) -> list[str]:
@@ -150,9 +151,7 @@ def _section(
         if option.name in values:
             lines.append(f"{indent}{option.name}{equals}{_written(values[option.name], equals)}")
         else:
-            example = _example(option)
-            quoted = example if option.base is not str and not option.choices else json.dumps(example)
-            lines.append(f"{indent}# {option.name}{equals}{absent if example is None else quoted}")
+            lines.append(f"{indent}# {option.name}{equals}{_example(option, equals, absent)}")
     if not lines:
         return []
     # In YAML a heading without a setting would be a setting of its own.
