@@ -42,6 +42,17 @@ class Source(Protocol):
         ...
 
 
+def path_of(name: str | Path) -> Path:
+    """A path with its ~ resolved, if the file system takes it at all."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a nul byte, nobody's home
+        reason = getattr(error, "strerror", None) or error
+        raise DataLoadError(f"{str(name)!r:.120}: cannot be read ({reason}); check the path") from None
+    return path
+
+
 def open_for_reading(path: Path) -> Any:
     """The file, opened in binary, or a sentence about why it cannot be."""
     try:
