@@ -102,9 +102,10 @@ class SequenceClassifier:
         if getattr(self.tokenizer, "chat_template", None) is None:
             whole = prompt_text_of(prompt) + text_of(completion)
             return encode(self.tokenizer, whole, special=True)
+        # As for prompts: control tokens that a text spells out stay text.
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         turns.append({"role": "assistant", "content": text_of(completion)})
-        ids = self.tokenizer.apply_chat_template(turns, tokenize=True)
+        ids = self.tokenizer.apply_chat_template(turns, tokenize=True, sanitize_control_tokens=True)
         return list(ids["input_ids"] if isinstance(ids, dict) else ids)
 
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:

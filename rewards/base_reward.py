@@ -30,7 +30,7 @@ class ComputeReward:
     """Anything with ``compute(context) -> {"reward": number, "log": …}`` (or a number), as a reward for a batch."""
 
     def __init__(self, judge: Any) -> None:
-        self._judge = judge
+        self.inner = judge
         self.reward_name = getattr(judge, "reward_name", None) or type(judge).__name__
 
     def __call__(
@@ -44,7 +44,7 @@ class ComputeReward:
         columns.pop("log_metric", None)
         scores, logs = [], []
         for number, row in enumerate(rows_of(prompts, completions, columns)):
-            score, log = _reward_in(self._judge.compute(context_of(row)), number)
+            score, log = _reward_in(self.inner.compute(context_of(row)), number)
             scores.append(score)
             logs.append(log)
         if log_extra is not None and any(log is not None for log in logs):

@@ -172,8 +172,8 @@ class RewardSet:
             return self._row_by_row(name, reward, error, caller)
         if unusable and self.on_error == "stop":
             raise next(iter(unusable.values()))
-        for row, error in unusable.items():
-            self._remark(f"{name} failed", f"{error} The row is skipped.")
+        for row, problem in unusable.items():
+            self._remark(f"{name} failed", f"{problem} The row is skipped.")
             lost[row] = True
         return values, lost
 

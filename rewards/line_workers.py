@@ -89,11 +89,12 @@ class _Child:
         os.set_blocking(self.output.fileno(), False)
         self._buffer = b""
         self._ready = False
+        self._ended = False
         self.deadline = 0.0
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return not self._ended and self._process.poll() is None
 
     def begin(self, task: Any, seconds: float) -> None:
         # The time for a task starts when its child has its libraries; until then it has STARTUP.
@@ -106,6 +107,7 @@ class _Child:
         """Its answer, ``_NOT_YET``, or ``"lost"`` if it has ended."""
         chunk = self.output.read()
         if chunk == b"":
+            self._ended = True  # poll() may not know yet
             return "lost"
         self._buffer += chunk or b""
         while b"\n" in self._buffer:

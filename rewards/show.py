@@ -78,8 +78,9 @@ def try_reward(
     if isinstance(reward, RowReward):
         judgement = reward.judge_all([row])[0]
         return _scored(reward.reward_name, judgement.score, judgement.why)
+    reward = getattr(reward, "inner", reward)
     if hasattr(reward, "compute"):
-        said = reward.compute(context_of(row))
+        said: Any = reward.compute(context_of(row))
         log = said.get("log") if isinstance(said, Mapping) else None
         score = said.get("reward") if isinstance(said, Mapping) else said
         return _scored(own_name(name), score, log if isinstance(log, Mapping) else {"log": log})

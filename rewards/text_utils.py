@@ -108,7 +108,8 @@ def fenced_block(text: str, language: str) -> str | None:
     if fence is not None:
         blocks.append((fence, "\n".join(lines)))
     named = [block for name, block in blocks if name == language]
-    return (named or [block for _, block in blocks] or [None])[0]
+    found = named or [block for _, block in blocks]
+    return found[0] if found else None
 
 
 def shortened(text: str, longest: int = 60) -> str:

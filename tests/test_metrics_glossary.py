@@ -56,6 +56,7 @@ CONDITIONAL = {
     "explained_variance": {"ppo", "ppo, shared trunk"},
     "value_grad_norm": {"ppo"},
     "frac_reward_zero_std": {"grpo", "dapo", "copy"},
+    "rewards/vowels/frac_zero_std": {"grpo", "dapo", "copy"},
     "objective/rlhf_reward": {"ppo", "ppo, shared trunk", "remax"},
     "loss/kl_avg": {"grpo", "copy"},
     "kl": {"ppo", "ppo, shared trunk", "grpo", "copy", "remax"},
