@@ -67,7 +67,10 @@ def test_mlx_grpo_on_a_data_set(models: Path, command: Callable[..., Any]) -> No
 def test_mlx_rlhf_from_digits_to_ppo(models: Path, command: Callable[..., Any]) -> None:
     """generate_digit_data.py, sft.py for both of its uses, and ppo_training.py with either kind of reward."""
     small = ("--model", "./base_model", "--lora-layers", "1", "--batch-size", "4")
-    assert command("generate-digit-data", "--increasing", "--multiple-of", "2", "-n", "8", "--noise", "0").code == 0
+    assert (
+        command("generate-digit-data", "--increasing", "--multiple-of", "2", "-n", "8", "--noise", "0").code
+        == 0
+    )
     assert sorted(path.name for path in models.glob("increasing_mult_2_*.jsonl")) == [
         f"increasing_mult_2_{split}.jsonl" for split in ("test", "train", "valid")
     ]
@@ -79,15 +82,39 @@ def test_mlx_rlhf_from_digits_to_ppo(models: Path, command: Callable[..., Any]) 
     assert "validation loss" in sft.out
     assert "save_file: the adapter is written to final/" in sft.err
 
-    command("generate-digit-data", "-i", "--multiple-of", "2", "-n", "8", "--noise", "0.3", "--folder", "noisy")
+    command(
+        "generate-digit-data", "-i", "--multiple-of", "2", "-n", "8", "--noise", "0.3", "--folder", "noisy"
+    )
     reward = command(
-        *("sft", "--from", "mlx-rlhf", "--reward_model", "--train", *small, "--iters", "2", "--data", "noisy/"),
+        *(
+            "sft",
+            "--from",
+            "mlx-rlhf",
+            "--reward_model",
+            "--train",
+            *small,
+            "--iters",
+            "2",
+            "--data",
+            "noisy/",
+        ),
         *("--data-base", "increasing_mult_2_", "--output-dir", "runs/reward"),
     )
     assert reward.code == 0, reward.err
     assert "validation pairs in the right order" in reward.out
 
-    ppo = ("train", "--from", "mlx-rlhf", *small, "--num_steps", "1", "--ppo_epochs", "1", "--max_new_tokens", "4")
+    ppo = (
+        "train",
+        "--from",
+        "mlx-rlhf",
+        *small,
+        "--num_steps",
+        "1",
+        "--ppo_epochs",
+        "1",
+        "--max_new_tokens",
+        "4",
+    )
     truth = command(
         *(*ppo, "--ground_truth_reward", "--mini_batch_size", "4", "--adap_kl_ctrl", "True"),
         *("--init_kl_coef", "0.2", "--seed", "7", "--log_with", "wandb", "--output-dir", "runs/truth"),
@@ -107,7 +134,16 @@ def test_mlx_rlhf_from_digits_to_ppo(models: Path, command: Callable[..., Any]) 
 
 
 def test_soft_prompts_are_said_to_be_missing(models: Path, command: Callable[..., Any]) -> None:
-    words = ("sft", "--from", "mlx-rlhf", "--prompt-tuning", "--train-path", "pairs.jsonl", "--model", "base_model")
+    words = (
+        "sft",
+        "--from",
+        "mlx-rlhf",
+        "--prompt-tuning",
+        "--train-path",
+        "pairs.jsonl",
+        "--model",
+        "base_model",
+    )
     assert "WARNING: " in command(*words, "--lora-layers", "1", "--dry-run").err
     strict = command(*words, "--strict")
     assert strict.code == 2
@@ -121,7 +157,15 @@ def test_mlx_grpo_gsm8k_with_a_toml_and_sets(models: Path, command: Callable[...
         "kl_coeff = 0.01\nquantize_for_rollouts = false\n"
     )
     (models / "questions.jsonl").write_text('{"question": "1 + 1?", "answer": "2 #### 2"}\n')
-    words = ("train", "--config", "grpo.toml", "--set", "num_generations=2", "--set", "model_name=./base_model")
+    words = (
+        "train",
+        "--config",
+        "grpo.toml",
+        "--set",
+        "num_generations=2",
+        "--set",
+        "model_name=./base_model",
+    )
     done = command(*words, "--from", "mlx-grpo-gsm8k", "--train-path", "questions.jsonl", "--dry-run")
     assert done.code == 0, done.err
     assert "2 completions" in done.out
@@ -129,7 +173,10 @@ def test_mlx_grpo_gsm8k_with_a_toml_and_sets(models: Path, command: Callable[...
 
 
 def test_installed_commands_of_mlx_rl_trainer(
-    models: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Path,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """mlx-generate-config, mlx-train, mlx-preprocess, mlx-evaluate as in its document, names and flags."""
     import sys
