@@ -41,7 +41,9 @@ def extract_code(text: str) -> str:
     'def f():\\n    return 1'
     """
     text = text.rpartition("</think>")[2]
-    last, block, fence = None, [], ""
+    last: str | None = None
+    block: list[str] = []
+    fence = ""
     for line in text.splitlines(keepends=True):
         mark = line.strip()
         if fence and mark.startswith("```") and mark.strip("`") == "":

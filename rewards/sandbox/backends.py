@@ -98,6 +98,8 @@ class Backend:
             "seccomp": kernel.seccomp_is_known(),
             "nobody": True,
             "hide": True,
+            "outside": False,  # whether calls that reach outside have to be refused one by one
+            "leaving": True,  # whether a process may leave its group: nothing else may hold them together then
             "tasks": _tasks_already(),
         }
 
@@ -170,6 +172,8 @@ class Landlock(Backend):
             "read": [*system_folders(), *python_folders()],
             "write": [str(folder)],
             "landlock": self.abi or kernel.landlock_abi(),
+            "outside": True,
+            "leaving": False,
         }
 
 
@@ -199,12 +203,12 @@ class Sandlock(Backend):
         found = importlib.util.find_spec("sandlock")
         origin = Path(found.origin).parents[1] if found and found.origin else Path()
         read = [*system_folders(), *python_folders(), "/dev"]
-        told = (read, str(folder), f"{limits.memory_mb + 64}M", limits.processes + 4, [])
+        told: tuple[Any, ...] = (read, str(folder), f"{limits.memory_mb + 64}M", limits.processes + 4, [])
         return [sys.executable, "-c", _SANDLOCK, str(origin), repr(told)]
 
     def job(self, folder: Path | None) -> dict[str, Any]:
         # It refuses PR_SET_DUMPABLE; without /proc and with tracing refused, nobody can look into the keeper either.
-        return {**super().job(folder), "hide": False}
+        return {**super().job(folder), "hide": False, "outside": True, "leaving": False}
 
 
 class SandboxExec(Backend):
@@ -213,7 +217,7 @@ class SandboxExec(Backend):
     name = "sandbox-exec"
 
     def missing(self) -> str:
-        if sys.platform != "darwin":
+        if not _on("darwin"):
             return "it is for macOS"
         return "" if shutil.which("sandbox-exec") else "there is no sandbox-exec on the PATH"
 
@@ -290,6 +294,10 @@ class Unsafe(Backend):
 
     def job(self, folder: Path | None) -> dict[str, Any]:
         return {**super().job(folder), "seccomp": False}
+
+
+def _on(platform: str) -> bool:
+    return sys.platform == platform
 
 
 def _tasks_already() -> int:

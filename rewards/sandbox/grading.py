@@ -15,6 +15,7 @@ there are two answers only, and tests that take *both* sides of a comparison fro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -61,10 +62,8 @@ def read_cases(given: Any, row: int) -> list[Case]:
     if given is None:
         return []
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
-        try:
+        with contextlib.suppress(ValueError):  # an assertion may begin with a bracket, too
             given = json.loads(given)
-        except ValueError:
-            pass  # an assertion may begin with a bracket, too
     if isinstance(given, (str, Mapping)):
         given = [given]
     if not isinstance(given, Sequence):

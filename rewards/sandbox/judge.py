@@ -12,6 +12,7 @@ compare. A ``Remote`` never equals plain data.
 
 from __future__ import annotations
 
+# ruff: noqa: SIM105  (contextlib, and what it imports, would cost every program a millisecond)
 import builtins
 import os
 import sys
@@ -288,13 +289,13 @@ def _fill(names: dict[str, Any], text: str, code: CodeType, line: Line) -> None:
     for name in sorted(_names_in(code)):
         if hasattr(builtins, name):
             continue
-        if name in sys.stdlib_module_names or name in _USUAL_NAMES:
-            if f"{name}." in text:  # a program may well define a function called statistics
-                try:
-                    names[name] = __import__(_USUAL_NAMES.get(name, name))
-                except ImportError:
-                    pass
-                continue
+        is_module = name in sys.stdlib_module_names or name in _USUAL_NAMES
+        if is_module and f"{name}." in text:  # a program may well define a function called statistics
+            try:
+                names[name] = __import__(_USUAL_NAMES.get(name, name))
+            except ImportError:
+                pass
+            continue
         try:
             names[name] = line.ask("name", name)
         except NameError:

@@ -8,7 +8,10 @@ could forge it would still have to know the expected values, which never come he
 
 from __future__ import annotations
 
+# ruff: noqa: SIM105  (contextlib, and what it imports, would cost every program a millisecond)
+# ruff: noqa: SIM115  (the program's own stdin and stdout stay open)
 import builtins
+import fcntl
 import os
 import resource
 import select
@@ -101,7 +104,7 @@ def _confine(job: Job) -> list[int]:
             if descriptor not in kept:
                 os.close(descriptor)
         if job["seccomp"]:
-            kernel.without_calls(outside=bool(job["landlock"]), leaving=True)
+            kernel.without_calls(outside=job["outside"], leaving=True)
     kernel.limit("CORE", 0)
     kernel.limit("FSIZE", job["file_mb"] * MEGABYTE)
     return kept
@@ -170,8 +173,6 @@ def _start(job: Job, kept: list[int], stdin: int, stdout: int, stderr: int, more
 
 def _high(descriptor: int) -> int:
     """A copy above all the numbers that are about to be taken."""
-    import fcntl
-
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64)
 
 
@@ -182,21 +183,22 @@ def _confine_program(job: Job) -> None:
     kernel.limit("NOFILE", job["open_files"])
     kernel.limit("NPROC", job["processes"] + job["tasks"])
     if sys.platform == "linux":
-        confined = bool(job["landlock"])
         if job["hide"]:
             kernel.hide_from_debuggers(False)  # itself only: the keeper stays hidden
         if job["landlock"] >= 6:
             kernel.no_signals_to_others()
         if job["seccomp"]:
-            own = os.getpid() if confined and job["landlock"] < 6 else None
-            kernel.without_calls(outside=confined, leaving=not confined, signals_to=own)
+            own = os.getpid() if job["outside"] and job["landlock"] < 6 else None
+            kernel.without_calls(outside=job["outside"], leaving=job["leaving"], signals_to=own)
 
 
 def _program(job: Job) -> int:
     """Execute it under the name of a program of its own; the exit code."""
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, f"__{name}__", getattr(sys, name))
     sys.argv = ["program.py"]
     asked = job["test"] or job["call"] is not None
     main_module = type(sys)("program" if asked else "__main__")
@@ -206,7 +208,8 @@ def _program(job: Job) -> int:
     try:
         code = compile(job["code"], "program.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        sys.excepthook(type(error), error, None)
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        sys.stderr.write(f"program.py{line}: {type(error).__name__}: {str(error)[:200]}\n")
         return SYNTAX_ERROR
     if job["imports"] is not None:
         _only_import(job["imports"])
@@ -245,7 +248,7 @@ def _only_import(allowed: list[str]) -> None:
             )
         return original(name, names, local, fromlist, level)
 
-    builtins.__import__ = checked
+    setattr(builtins, "__import__", checked)  # noqa: B010  (by name, for mypy)
 
 
 def _function(names: dict[str, Any], dotted: str) -> Any:
@@ -283,11 +286,12 @@ def _run(job: Job, kept: list[int], started: float) -> dict[str, Any]:
         if code is None:
             code = _exit_status(child)
             if code is not None:
-                _end(child)  # whoever still holds its output open
+                _end(child)
+                deadline = min(deadline, now + 0.2)  # for whoever still holds its output open
         elif not left:
             break
         if now > deadline:
-            verdict = "timeout"
+            verdict = "timeout" if code is None else ""
             break
         # Its end is seen at the latest a nap after it; its output, and the end of that, at once.
         nap = min(2 * nap, 0.05)
@@ -342,7 +346,7 @@ def _exit_status(child: int) -> int | None:
 
 def _soon(child: int) -> int | None:
     """The exit status of a program that has hung up."""
-    patience = time.monotonic() + 0.2
+    patience = time.monotonic() + 0.05
     while (code := _exit_status(child)) is None and time.monotonic() < patience:
         time.sleep(0.001)
     return code
@@ -365,9 +369,19 @@ def _end(child: int) -> None:
     try:
         while time.monotonic() < patience:
             if not os.waitpid(-1, os.WNOHANG)[0]:
+                for orphan in _children():  # nothing to be found where the program cannot leave its group
+                    os.kill(orphan, signal.SIGKILL)
                 time.sleep(0.0005)
-    except ChildProcessError:
+    except (ChildProcessError, ProcessLookupError):
         pass
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

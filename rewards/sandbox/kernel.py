@@ -237,7 +237,7 @@ _SIGNALS = ["tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal"
 _names = list(_NUMBERS)
 _ALWAYS = _names[: _names.index("socket")]
 _LEAVING = ["setsid", "setpgid"]
-_OUTSIDE = [n for n in _names[_names.index("socket") : _names.index("setsid")]]
+_OUTSIDE = _names[_names.index("socket") : _names.index("setsid")]
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026

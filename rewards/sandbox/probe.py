@@ -11,10 +11,12 @@ import os
 import secrets
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 from rewards.sandbox.backends import Backend
 from rewards.sandbox.limits import Limits
+from rewards.sandbox.supervision import processes_with
 
 _ATTACK = """
 import os, signal, socket
@@ -58,9 +60,9 @@ print("done:" + ", ".join(found))
 
 def weakness(backend: Backend) -> str:
     """What an attack achieved, or why the sandbox does not work here; empty if it holds."""
-    from rewards.sandbox.runner import run_program
+    from rewards.sandbox.runner import run_job
 
-    canary = secrets.token_hex(16)
+    canary, mark = secrets.token_hex(16), secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="canary-") as name:
         folder = Path(name)
         secret = folder / "secret"
@@ -83,7 +85,8 @@ def weakness(backend: Backend) -> str:
             code = "".join(f"{key} = {value!r}\n" for key, value in facts.items()) + _ATTACK
             os.environ[_VARIABLE] = canary
             try:
-                result = run_program(code, limits=Limits(seconds=5), backend=backend)
+                job = {"code": code, "stdin": "", "call": None, "imports": None}
+                result = run_job(job, None, Limits(seconds=5), backend, mark)
             finally:
                 del os.environ[_VARIABLE]
         untouched = secret.exists() and secret.read_text() == canary and not (folder / "written").exists()
@@ -95,9 +98,19 @@ def weakness(backend: Backend) -> str:
         achieved = ", ".join(
             one for one in achieved.split(", ") if one not in ("be root", "signal the trainer")
         )
+    if remains(mark):
+        achieved += ", outlive its time"
     if achieved or not untouched:
         return f"a program in it could {achieved or 'change a file outside'}"
     return ""
+
+
+def remains(mark: str) -> list[int]:
+    """Processes that are still there, after as long as a killed one takes to go."""
+    until = time.monotonic() + 2.0
+    while (left := processes_with(mark)) and time.monotonic() < until:
+        time.sleep(0.01)
+    return left
 
 
 _VARIABLE = "MLX_PPO_SANDBOX_PROBE"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import marshal
 import os
-import secrets
 import selectors
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +82,7 @@ def run_program(
     well the program solves its task, which is ``grading``'s business. ``imports`` is a rule, not a wall.
     """
     limits = limits or Limits()
-    job = {"code": _text(code), "stdin": _text(stdin), "call": None, "imports": None}
+    job: dict[str, Any] = {"code": _text(code), "stdin": _text(stdin), "call": None, "imports": None}
     if call is not None:
         name, arguments, keywords = call
         job["call"] = [name, list(arguments), dict(keywords)]
@@ -118,21 +116,23 @@ def _text(text: str) -> str:
     return text if isinstance(text, str) else str(text)
 
 
-def run_job(job: dict[str, Any], test: str | None, limits: Limits, backend: Backend) -> Result:
+def run_job(
+    job: dict[str, Any], test: str | None, limits: Limits, backend: Backend, mark: str = ""
+) -> Result:
+    """What ``keeper`` reads as its job; ``mark`` is a word by which the processes can be found from outside."""
     with Scratch(backend.needs_folder) as folder:
-        return _run_in(folder, job, test, limits, backend)
+        return _run_in(folder, job, test, limits, backend, mark)
 
 
 def _run_in(
-    folder: Path | None, job: dict[str, Any], test: str | None, limits: Limits, backend: Backend
+    folder: Path | None, job: dict[str, Any], test: str | None, limits: Limits, backend: Backend, mark: str
 ) -> Result:
-    nonce = secrets.token_hex(16)
     complete = {**job, **vars(limits), **backend.job(folder), "test": test is not None}
     feed = (b"s" if backend.foreign_python else b"m") + _frame(bundle(backend.foreign_python))
     feed += _frame(values.encode(complete))
     if test is not None:
         feed += _frame(test.encode("utf-8", "surrogatepass"))
-    words = [*backend.words(folder, limits), *backend.python, "-I", "-S", "-B", "-c", _START, nonce]
+    words = [*backend.words(folder, limits), *backend.python, "-I", "-S", "-B", "-c", _START, mark]
     process = subprocess.Popen(
         words,
         stdin=subprocess.PIPE,
@@ -158,7 +158,9 @@ def _converse(
     process: subprocess.Popen[bytes], feed: bytes, limits: Limits, folder: Path | None, started: float
 ) -> tuple[bytes, bytes, str]:
     """Feed the sandbox, collect its report, and keep an eye on its memory and disk."""
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     streams = (process.stdin, process.stdout, process.stderr)
     for stream in streams:
         os.set_blocking(stream.fileno(), False)
@@ -182,21 +184,21 @@ def _converse(
                     return b"", b"Its folder outgrew its limit.", "disk"
                 next_look = time.monotonic() + _WATCHED_EVERY
             for key, _ in selector.select(max(0.0, min(next_look, deadline) - now)):
-                stream: Any = key.fileobj
-                if stream is process.stdin:
+                source: Any = key.fileobj
+                if source is process.stdin:
                     try:
-                        rest = rest[os.write(stream.fileno(), rest[:65536]) :]
+                        rest = rest[os.write(source.fileno(), rest[:65536]) :]
                     except BlockingIOError:
                         continue
                     except OSError:
                         rest = rest[:0]
                     if not rest:
-                        selector.unregister(stream)
+                        selector.unregister(source)
                     continue
-                part = os.read(stream.fileno(), 65536)
-                target = report if stream is process.stdout else complaint
+                part = os.read(source.fileno(), 65536)
+                target = report if source is process.stdout else complaint
                 if not part:
-                    selector.unregister(stream)
+                    selector.unregister(source)
                 elif len(target) < longest:
                     target += part
             if len(report) >= 8 and len(report) >= 8 + int.from_bytes(report[:8], "big"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -155,16 +156,27 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
+def processes_with(word: str) -> list[int]:
+    """Processes that have a word among the arguments which they were started with, zombies aside."""
+    if sys.platform != "linux":
+        listing = subprocess.run(["ps", "-axwwo", "pid=,args="], capture_output=True, text=True, check=False)
+        lines = (line.split(None, 1) for line in listing.stdout.splitlines())
+        return [int(pid) for pid, *words in lines if words and word in words[0]]
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/cmdline", "rb") as file:
+                if word.encode() in file.read():
+                    found.append(int(entry))
+    return found
+
+
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(OSError):
         if os.getpgid(pid) != os.getpgid(0):
             os.killpg(os.getpgid(pid), signal.SIGKILL)
-    except OSError:
-        pass
 
 
 def _signal(pid: int) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
-    except OSError:
-        pass
