@@ -107,9 +107,17 @@ def _adopt(parser: Parser, name: str, cls: type[Declaration]) -> None:
         if flag.is_switch:
             options.append("--no-" + options[0].lstrip("-"))
             kind = {"action": _Switch, "nargs": 0}
-        field = flag.name.replace("-", "_")
-        text = flag.meaning.replace("%", "%%")
-        group.add_argument(*options, dest=field, default=argparse.SUPPRESS, help=text, **kind)
+        _add_theirs(group, options, flag.name, flag.meaning, kind)
+    listed = {flag.name.replace("-", "_") for flag in flags}
+    for name in system.settings:  # of which it may have no list of flags: a value, or none for true
+        if name.replace("-", "_") not in listed:
+            kind = {"action": _Value, "nargs": "?", "const": True, "metavar": "VALUE"}
+            _add_theirs(group, ["--" + name.replace("_", "-")], name, f"as in {system.title}", kind)
+
+
+def _add_theirs(group: Any, options: list[str], name: str, meaning: str, kind: dict[str, Any]) -> None:
+    text = meaning.replace("%", "%%")
+    group.add_argument(*options, dest=name.replace("-", "_"), default=argparse.SUPPRESS, help=text, **kind)
 
 
 def add_run_options(parser: Parser) -> None:

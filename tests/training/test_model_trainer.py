@@ -158,6 +158,33 @@ def test_a_decay_ends_at_zero_and_stays_there() -> None:
         assert [float(rate(mx.array(k))) for k in (6, 7, 20)] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # linear from 8 to 2 over 3 steps after the warm-up's 2, then level
+        (
+            {"lr_schedule": "linear", "lr_end": 2.0, "lr_decay_steps": 3, "warmup_steps": 2},
+            [4, 8, 8, 6, 4, 2, 2, 2],
+        ),
+        # a quarter of 8 steps is a warm-up of 2; the decay takes the other 6
+        ({"lr_schedule": "linear", "lr_end": 2.0, "warmup_ratio": 0.25}, [4, 8, 8, 7, 6, 5, 4, 3]),
+        # halfway down the cosine is halfway between 8 and 2
+        ({"lr_schedule": "cosine", "lr_end": 2.0, "lr_decay_steps": 2}, [8, 5, 2, 2, 2, 2, 2, 2]),
+    ],
+)
+def test_where_and_when_a_schedule_ends(options: dict[str, Any], expected: list[float]) -> None:
+    rate = build_schedule(TrainingConfig(learning_rate=8.0, **options), 8.0, 8)
+    assert callable(rate)
+    assert [float(rate(mx.array(k))) for k in range(8)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_peak_ends_at_the_same_share_of_it() -> None:
+    config = TrainingConfig(learning_rate=8.0, lr_schedule="linear", lr_end=2.0)
+    rate = build_schedule(config, 80.0, 8)
+    assert callable(rate)
+    assert float(rate(mx.array(8))) == pytest.approx(20.0)
+
+
 # The clip ------------------------------------------------------------------------------------------------
 
 
