@@ -77,10 +77,16 @@ def _score(config: PPOConfig) -> str:
     weights = config.reward_weights or [
         1.0 if isinstance(one, str) else one.get("weight", 1.0) for one in config.rewards or ()
     ]
-    text = "s = Σₖ wₖ·rewardₖ(y)"
+    total = "Σₖ wₖ·rewardₖ(y)"
     if names and len(weights) == len(names):
-        parts = [name if w == 1 else f"{w:g}·{name}" for name, w in zip(names, weights, strict=True)]
-        text = f"s = {' + '.join(parts)}"
+        plain = config.reward_composition == "sum"
+        parts = [name if w == 1 or plain else f"{w:g}·{name}" for name, w in zip(names, weights, strict=True)]
+        total = " + ".join(parts)
+    if config.reward_composition == "weighted_mean_clip01":
+        total = f"({total}) / Σₖ wₖ, limited to [0, 1]"
+    elif config.reward_composition == "sum" and not names:
+        total = "Σₖ rewardₖ(y)"
+    text = f"s = {total}"
     if config.score_scaling != "none":
         text += {"std": ", divided by", "norm": ", less its running mean and divided by"}[
             config.score_scaling

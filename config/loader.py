@@ -34,6 +34,16 @@ C = TypeVar("C", bound=Declaration)
 
 PREFIX = "MLX_PPO_"
 NOT_OPTIONS = ("MLX_PPO_BLAS",)  # read by base_setup.backend
+#: Who sets the first of these means it in place of the second, where that comes from a source of lower rank.
+INSTEAD_OF = (
+    ("num_epochs", "num_steps"),
+    ("num_steps", "num_epochs"),
+    ("warmup_steps", "warmup_ratio"),
+    ("warmup_ratio", "warmup_steps"),
+    ("dual_clip", "delta"),
+    ("delta", "dual_clip"),
+    ("rewards", "reward_weights"),
+)
 STAGES: tuple[type[Declaration], ...] = (PPOConfig, SFTConfig, RewardModelConfig)
 
 
@@ -235,6 +245,10 @@ def _chosen(cls: type[Declaration], given: Sequence[Given], notes: list[str]) ->
                 f"{one.place}: this sets {one.name}, which {before.place} sets too; keep one of them"
             )
         chosen[one.name] = one
+    ranks = {name: one.rank for name, one in chosen.items()}
+    for name, other in INSTEAD_OF:
+        if name in ranks and ranks[name] > ranks.get(other, ranks[name]):
+            del chosen[other]
     return chosen
 
 

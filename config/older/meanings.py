@@ -112,12 +112,11 @@ def schedule(values: Values, name: str = "lr_schedule_config") -> Iterator[Ours 
         yield Said(names, f"the schedule's peak {arguments[0]:g} is not used; learning_rate is")
     # cosine_decay(init, decay_steps, end); linear_schedule(init, end, steps)
     end, steps = (2, 1) if kind == "cosine_decay" else (1, 2)
-    if len(arguments) > end and kind != "constant":
-        yield Ours("lr_end", arguments[end], names)
-    if len(arguments) > steps and kind != "constant":
-        yield Ours("lr_decay_steps", arguments[steps], names)
-    if table.get("warmup"):
-        yield Ours("warmup_steps", table["warmup"], names)
+    # What is not said is 0, or all steps, and not what a preset has.
+    if kind != "constant":
+        yield Ours("lr_end", arguments[end] if len(arguments) > end else 0.0, names)
+        yield Ours("lr_decay_steps", arguments[steps] if len(arguments) > steps else None, names)
+    yield Ours("warmup_steps", table.get("warmup", 0), names)
     if table.get("warmup_init"):
         yield Said(names, f"the warm-up starts at 1/warmup of the peak, not at {table['warmup_init']}")
 

@@ -135,8 +135,8 @@ def _group(values: Values) -> Iterator[Ours | Said]:
 def _algorithm(values: Values) -> Iterator[Ours | Said]:
     name = values.text("algorithm")
     yield Ours("algorithm", name, ("algorithm",))
+    yield Ours("surrogate", "unclipped" if name == "grpo" else None, ("algorithm",))
     if name == "grpo":
-        yield Ours("surrogate", "unclipped", ("algorithm",))
         yield Said(("algorithm",), "its policy loss is −(π/π_old)·A without a clip (surrogate = unclipped)")
 
 

@@ -116,6 +116,17 @@ def test_what_options_change_by_hand() -> None:
     assert found["loss"] == "L = 1/B Σᵢ 1/nᵢ Σₜ (w·ℓₜ + 0.04·KLₜ) − 0.01·mean H(π)"
 
 
+def test_how_rewards_become_a_score() -> None:
+    rewards = ["jaccard", {"name": "format", "weight": 0.5}]
+    for composition, score in [
+        ("weighted_sum", "s = jaccard + 0.5·format"),
+        ("sum", "s = jaccard + format"),
+        ("weighted_mean_clip01", "s = (jaccard + 0.5·format) / Σₖ wₖ, limited to [0, 1]"),
+    ]:
+        config = PPOConfig(rewards=rewards).replace(reward_composition=composition)
+        assert written(config)["score"] == score
+
+
 def test_a_shared_trunk_and_a_loss_without_kl() -> None:
     found = written(PPOConfig(algorithm="ppo", value_network="shared", vf_coef=0.5, kl_coef=0.0))
     assert "KL" not in found

@@ -100,6 +100,21 @@ def test_text_means_what_the_options_type_makes_of_it(text: str, field: str, val
         assert type(found) is type(value)
 
 
+def test_what_is_set_in_place_of_something_else_replaces_it(tmp_path: Path) -> None:
+    (file,) = write(
+        tmp_path,
+        a_toml="num_steps = 5\nwarmup_ratio = 0.1\ndelta = 4\nreward_weights = [1, 2]\nrewards = ['a', 'b']\n",
+    )
+    overrides = ["num_epochs=2", "warmup_steps=3", "dual_clip=3", "rewards=c"]
+    config = load_config(PPOConfig, files=file, environ={}, overrides=overrides).config
+    assert (config.num_epochs, config.num_steps) == (2, None)
+    assert (config.warmup_steps, config.warmup_ratio) == (3, 0.0)
+    assert (config.dual_clip, config.delta) == (3.0, None)
+    assert (config.rewards, config.reward_weights) == (["c"], None)
+    config = load_config(PPOConfig, files=file, environ={}, overrides=["reward_weights=3,4"]).config
+    assert (config.rewards, config.reward_weights) == (["a", "b"], [3.0, 4.0])
+
+
 def test_none_in_a_toml_file(tmp_path: Path) -> None:
     (file,) = write(tmp_path, a_toml='max_grad_norm = "none"\nkl_placement = "none"\n')
     config = load_config(PPOConfig, files=file, environ={}).config

@@ -112,6 +112,21 @@ def test_no_setting_of_that_yaml_disappears(tmp_path: Path) -> None:
     assert unsaid == {"think_start_tag", "think_end_tag", "save_optimizer_state"}
 
 
+def test_its_ppo_is_clipped_as_ours_is(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("trainer:\n  algorithm: ppo\n  grpo_beta: 0.1\n", encoding="utf-8")
+    config = load_config(PPOConfig, files=file, environ={}).config
+    assert resolve_config(config, find_algorithm("ppo")).surrogate == "clipped"
+
+
+def test_a_schedule_says_all_of_itself(tmp_path: Path) -> None:
+    """Of its default (preset) nothing is left: 100 steps to 0, no warm-up."""
+    given_ = '{"name": "cosine_decay", "arguments": [2e-5, 100]}'
+    config = load("mlx-grpo", lr_schedule_config=given_).config
+    assert (config.lr_schedule, config.learning_rate, config.lr_decay_steps) == ("cosine", 2e-5, 100)
+    assert (config.lr_end, config.warmup_steps) == (0.0, 0)
+
+
 def test_other_tags_are_not_lost(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text('trainer:\n  algorithm: grpo\ngeneration:\n  think_start_tag: "<t>"\n', encoding="utf-8")
