@@ -32,6 +32,11 @@ HARMLESS = frozenset(
     + [(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")]
     + [("numpy", "ndarray"), ("numpy", "dtype")]
 )
+#: Readers of a file's header, by its version; later ones hold names of fields, which rows of ids have none of.
+HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -171,8 +176,8 @@ def _older(path: Path) -> Ragged:
     """An object array of rows, or a plain array (rows, tokens) where all rows had one length."""
     with open_for_reading(path) as file:
         try:
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format._read_array_header(file, version)  # type: ignore[attr-defined]
+            read_header = HEADERS[np.lib.format.read_magic(file)]
+            shape, _, dtype = read_header(file)
             if dtype.hasobject:
                 rows = _ArraysOnly(io.BytesIO(file.read())).load()
             else:
