@@ -163,8 +163,11 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     open_for_reading(path).close()
     try:
         values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataLoadError(f"{path}: not an NPY file that can be mapped ({error}); write it anew") from None
+    except Exception as error:  # NumPy parses the header as Python, and raises whatever that raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataLoadError(
+            f"{path}: not an NPY file that can be mapped ({reason:.200}); write it anew"
+        ) from None
     if values.ndim != 1 or values.dtype != dtype:
         raise DataLoadError(
             f"{path}: a flat array of {dtype} is expected, found {values.dtype} of shape {values.shape}"

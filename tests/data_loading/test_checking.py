@@ -95,7 +95,7 @@ def test_leaks_are_counted_against_another_file_and_within_a_folder(path: Path, 
     assert not folder.ok
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        DataLoadError, match=r"no train\.jsonl, valid\.jsonl or test\.jsonl is in this folder"
+        DataLoadError, match=r"the folder has no train\.jsonl, valid\.jsonl or test\.jsonl; name a"
     ):
         check_file(tmp_path / "empty")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from config.data_config import DataConfig
+from config.errors import DataLoadError
 from data_loading.checking import check_file
 from data_loading.loading import load_pairs, load_preferences, load_prompts
 from data_loading.schemas import SCHEMAS
@@ -39,12 +40,13 @@ def test_an_example_is_read_as_what_it_is_called_by_whom_it_says(
             assert load(path).report.schema == name
             assert load(path).report.rows == len(rows.splitlines())
         else:
-            found = load(path, DataConfig(on_bad_row="skip")) if name.startswith("prompt and") else None
-            assert found is None
+            with pytest.raises(DataLoadError):
+                load(path)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
 
 
 def test_a_new_user_can_train_on_a_file_of_their_own(
