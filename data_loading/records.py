@@ -13,7 +13,13 @@ LONGEST_LINE = 1 << 26  # bytes
 
 
 class BadRowError(Exception):
-    """One row cannot be used; the message says why, whoever catches it knows where."""
+    """One row cannot be used; the message says why, whoever catches it knows where.
+
+    It may quote the row, so line ends and control characters in it are written as escapes.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in reason))
 
 
 class Record(NamedTuple):
