@@ -74,7 +74,7 @@ def _validator(schema: str) -> Any:
         from referencing import Registry
     except ImportError as error:
         raise InvalidConfigurationError(
-            'json_schema: the library jsonschema is not installed; pip install "mlx-ppo[rewards]" brings it'
+            "json_schema: the library jsonschema is not installed; pip install jsonschema brings it"
         ) from error
     try:
         parsed = json.loads(schema)

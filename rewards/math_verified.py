@@ -49,7 +49,7 @@ class MathVerify(RowReward):
         """Refuse where the library is not there."""
         if importlib.util.find_spec("math_verify") is None:
             raise InvalidConfigurationError(
-                'math_verify: the library math-verify is not installed; pip install "mlx-ppo[math]" brings it'
+                "math_verify: the library math-verify is not installed; pip install math-verify brings it"
             )
 
     def judge(self, row: Row) -> Judgement:

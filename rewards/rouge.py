@@ -13,7 +13,7 @@ from rewards.row_reward import Judgement, Row, RowReward, no_reference
 from rewards.tags import PRESETS, Tags
 from rewards.text_utils import words
 
-NOT_INSTALLED = 'rouge: the library rouge-score is not installed; pip install "mlx-ppo[rewards]" brings it'
+NOT_INSTALLED = "rouge: the library rouge-score is not installed; pip install rouge-score brings it"
 
 
 @register("rouge", "rouge_score", "rougeL")

@@ -122,7 +122,7 @@ def _has_sklearn() -> bool:
     if not found:
         print(
             "semantic_similarity: scikit-learn is not installed, so texts are compared by the overlap of their "
-            'words; pip install "mlx-ppo[rewards]" brings it',
+            "words; pip install scikit-learn brings it",
             file=sys.stderr,
         )
     return found

@@ -157,7 +157,7 @@ def as_tag_set(value: Any) -> TagSet:
     names = [field.name for field in fields(TagSet)]
     known = isinstance(value, Mapping) and {"think_start", "think_end"} <= set(value) <= set(names)
     if known and all(isinstance(tag, str) or tag is None for tag in value.values()):
-        return TagSet(**{key: tag for key, tag in value.items() if tag})
+        return TagSet(**{key: tag for key, tag in value.items() if tag or key.startswith("think")})
     raise ValueError(
         f"one of {', '.join(PRESETS)} is expected, or a mapping of {', '.join(names)} to the tags themselves"
     )

@@ -1,7 +1,8 @@
 """A limit on how long a call may take, and what it can promise.
 
 In the main thread of a Unix process the limit is a signal: it ends loops, sleeps, waiting for a socket, pattern
-matching, and anything else at which Python looks for signals, and comes again every second in case it was caught.
+matching, and anything else at which Python looks for signals, and comes again (every second at the latest) in case it
+was caught.
 Elsewhere (a second thread, Windows) the call runs in a thread of its own that is left behind when time is up: the
 caller goes on, the thread does so too until its call returns or the process ends.
 
@@ -34,16 +35,20 @@ def call_within(seconds: float | None, function: Callable[[], T]) -> T:
 
 
 def _by_signal(seconds: float, function: Callable[[], T]) -> T:
+    over = False
+
     def ring(signum: int, frame: Any) -> None:
-        raise TimeIsUp
+        if not over:
+            raise TimeIsUp
 
     began = time.monotonic()
     handler = signal.signal(signal.SIGALRM, ring)
     # Somebody else's alarm is put off, not lost.
-    others, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    others, interval = signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 1.0))
     try:
         return function()
     finally:
+        over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if others:
@@ -60,7 +65,8 @@ def _in_a_thread(seconds: float, function: Callable[[], T]) -> T:
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=work, name="reward", daemon=True)  # daemon: it must not hold up the exit
+    # Under the name of its caller; daemon: it must not hold up the exit.
+    thread = threading.Thread(target=work, name=threading.current_thread().name, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():

@@ -169,6 +169,7 @@ def test_thinking_length() -> None:
         ("abcd", None, 0.0),  # below 5
         ("It is four.", None, 1.0),
         ("Hello, I think I hope this helpst.", None, 1.0),  # inside a word it does not count
+        ("It was an AI that said four", None, 1.0),
         ("As an AI  language\nmodel I say four", None, 1 - 2 * 0.2),  # "as an ai" and the longer one
         ("I hope this helps! i HOPE this helps!", None, 1 - 0.2),  # the same phrase once
         ("It is four <|im_end|>", None, 0.0),

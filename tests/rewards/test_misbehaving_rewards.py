@@ -109,6 +109,16 @@ def loops(completions: list[str]) -> list[float]:
             pass
 
 
+def swallows(completions: list[str]) -> list[float]:
+    for _ in range(3):
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+    time.sleep(60)
+    return []
+
+
 async def waits(completions: list[str]) -> list[float]:
     await asyncio.sleep(60)
     return []
@@ -119,7 +129,7 @@ async def blocks(completions: list[str]) -> list[float]:
     return []
 
 
-@pytest.mark.parametrize("reward", [sleeps, loops, waits, blocks])
+@pytest.mark.parametrize("reward", [sleeps, loops, swallows, waits, blocks])
 def test_a_reward_that_hangs_is_ended(reward: Any) -> None:
     begin = time.monotonic()
     sentence = rf"'{reward.__name__}' took longer than reward_timeout = 0\.05 s for 3 completions"

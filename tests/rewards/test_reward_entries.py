@@ -101,6 +101,36 @@ def test_every_documented_name_is_a_reward(name: str) -> None:
     assert score is None or isinstance(score, float)
 
 
+def test_the_documented_entries_are_taken_as_they_are() -> None:
+    structure = {
+        "min_think_length": 10,
+        "min_answer_length": 2,
+        "think_length_target_min": 40,
+        "think_length_target_max": 90,
+    }
+    thinking = {"target_length_min": 40, "target_length_max": 90, "excessive_length_threshold": 120}
+    likeness = {
+        "method": "tfidf",
+        "min_length": 10,
+        "apply_length_penalty": False,
+        "apply_verbosity_penalty": False,
+        "verbosity_penalty_strength": 0.01,
+    }
+    rewards = RewardSet.build(
+        [
+            {"name": "format_structure", "weight": 0.05, "config": structure},
+            {"name": "thinking_quality", "weight": 0.2, "config": thinking},
+            {"name": "answer_quality", "weight": 0.1, "config": {"max_penalty": 1.0, "phrase_penalty": 0.25}},
+            {"name": "semantic_similarity", "weight": 0.65, "config": likeness},
+        ],
+        composition="weighted_mean_clip01",
+    )
+    text = "<think>" + "x" * 50 + "</think>red apple pie"
+    scored = rewards.score(["p", "p"], [text, ""], answer=["red apple pie"] * 2)
+    # All four are at their best: 50 characters lie in the best band, which is limited to 1.
+    np.testing.assert_allclose(scored.total, [1.0, 0.0])
+
+
 def test_entries_with_weights_and_parameters() -> None:
     rewards = RewardSet.build(
         [{"name": "word_count", "weight": 0.5, "config": {"min_words": 2}}, "default", {"name": "overlong"}]

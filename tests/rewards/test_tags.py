@@ -96,7 +96,13 @@ def test_what_names_a_tag_set() -> None:
     assert as_tag_set("reasoning") == TagSet("<reasoning>", "</reasoning>", "<answer>", "</answer>")
     own = as_tag_set({"think_start": "[T]", "think_end": "[/T]", "answer_start": "", "answer_end": ""})
     assert own.after_thinking("[T]a[/T]b") == "b"
-    for wrong in ("thnk", {"think_start": "<a>"}, {"think_start": "a", "think_end": "a"}, 3):
+    for wrong in (
+        "thnk",
+        {"think_start": "", "think_end": "<a>"},
+        {"think_start": "<a>"},
+        {"think_start": "a", "think_end": "a"},
+        3,
+    ):
         with pytest.raises(InvalidConfigurationError, match="tags: "):
             resolve({"name": "format", "config": {"tags": wrong}})
     with pytest.raises(ValueError, match="both of them or neither"):
