@@ -15,7 +15,9 @@ FORMS: dict[str, Case] = {
     "assertion": Assertions("assert add(4000, 711) == 4711"),
     "assertion in a loop": Assertions("for a, want in [(4000, 4711)]:\n    assert add(a, 711) == want"),
     "humaneval": Assertions("def check(candidate):\n    assert candidate(4000, 711) == 4711\ncheck(add)\n"),
-    "nearly": Assertions("import math\nassert abs(add(4000, 711) - 4711) < 1e-6 and math.isclose(add(4000, 711), 4711)"),
+    "nearly": Assertions(
+        "import math\nassert abs(add(4000, 711) - 4711) < 1e-6 and math.isclose(add(4000, 711), 4711)"
+    ),
     "call": Returned("add", (4000, 711), {}, 4711),
     "stdin": Printed("4000 711\n", "4711"),
 }
@@ -48,7 +50,7 @@ CHEATS = {
     ),
     "says that it returned": (
         "import os\n"
-        "frame = b\"t3:s8:returnedTl0:\"\n"
+        'frame = b"t3:s8:returnedTl0:"\n'
         "try:\n"
         "    for _ in range(99): os.write(4, len(frame).to_bytes(8, 'big') + frame)\n"
         "except OSError: pass\n"
@@ -75,7 +77,8 @@ CHEATS = {
     ),
     "catches everything": (
         "import sys, threading\nsys.excepthook = threading.excepthook = lambda *a: None\n"
-        "sys.settrace(lambda *a: None)\ndef add(a, b):\n    try: raise AssertionError\n    except BaseException: return None"
+        "sys.settrace(lambda *a: None)\n"
+        "def add(a, b):\n    try: raise AssertionError\n    except BaseException: return None"
     ),
     "leaves by atexit": "import atexit, os; atexit.register(os._exit, 0)\ndef add(a, b): return 0",
     "reads frames": (
@@ -89,11 +92,14 @@ CHEATS = {
         "    return max([v for v in found if v not in (a, b)], default=0)"
     ),
     "searches memory": (
-        "import gc\nWANT = str(47) + str(11)\ndef add(a, b):\n"
+        "import gc\ndef add(a, b):\n"
+        "    want = 47 * 100 + 11\n"
         "    for x in gc.get_objects():\n"
-        "        try:\n"
-        "            if WANT in repr(x)[:2000] and x is not globals(): return int(WANT)\n"
-        "        except Exception: pass\n"
+        "        if isinstance(x, dict): x = list(x.values())\n"
+        "        if not isinstance(x, (list, tuple, set)): continue\n"
+        "        for y in list(x):\n"
+        "            if type(y) is int and y == want: return want\n"
+        "            if isinstance(y, (str, bytes)) and '== ' + str(want) in str(y): return want\n"
         "    return 0"
     ),
     "searches its memory map": (

@@ -246,7 +246,8 @@ print('ok')
     [
         "while True: pass",
         "import time; time.sleep(60)",
-        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",  # noqa: E501
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: pass",
         "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()",
         "10 ** 10 ** 9",
         "import atexit\n@atexit.register\ndef forever():\n    while True: pass",
