@@ -110,7 +110,8 @@ def _adopt(parser: Parser, name: str, cls: type[Declaration]) -> None:
         _add_theirs(group, options, flag.name, flag.meaning, kind)
     listed = {flag.name.replace("-", "_") for flag in flags}
     for name in system.settings:  # of which it may have no list of flags: a value, or none for true
-        if name.replace("-", "_") not in listed:
+        ours = parser.option("--" + name.replace("_", "-"))
+        if name.replace("-", "_") not in listed and (ours is None or isinstance(ours, (_Value, _Switch))):
             kind = {"action": _Value, "nargs": "?", "const": True, "metavar": "VALUE"}
             _add_theirs(group, ["--" + name.replace("_", "-")], name, f"as in {system.title}", kind)
 

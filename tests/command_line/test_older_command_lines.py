@@ -172,6 +172,29 @@ def test_mlx_grpo_gsm8k_with_a_toml_and_sets(models: Path, command: Callable[...
     assert "1 prompt" in done.out
 
 
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        (
+            "sft --from mlx-lm --model base_model --train --data data --iters 2 --batch-size 2 --num-layers 1 "
+            "--learning-rate 1e-4 --adapter-path adapters --fine-tune-type lora --seed 1",
+            ["2 steps of 2 rows", "4 for validation", "seed 1"],
+        ),
+        (
+            "train --from trl --model_name_or_path base_model --train-path data/train.jsonl --reward_funcs jaccard "
+            "--num_generations 4 --max_completion_length 8 --beta 0.01 --epsilon 0.2 --output_dir out",
+            ["grpo on base_model", "4 completions", "jaccard × 1"],
+        ),
+    ],
+)
+def test_lines_of_trl_and_mlx_lm(
+    models: Path, command: Callable[..., Any], words: str, printed: list[str]
+) -> None:
+    done = command(*words.split(), "--dry-run")
+    assert done.code == 0, done.err
+    assert all(text in done.out for text in printed), done.out
+
+
 def test_installed_commands_of_mlx_rl_trainer(
     models: Path,
     command: Callable[..., Any],
