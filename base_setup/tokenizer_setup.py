@@ -129,14 +129,15 @@ def encode_pair(
             raise DataLoadError(
                 "the pre-tokenised row has a prompt and no completion; preprocess rows with both"
             )
-        return list(map(int, row["prompt_ids"])), [*map(int, row["completion_ids"]), end]
+        prompt, completion = (_known_ids(tokenizer, row[part]) for part in ("prompt_ids", "completion_ids"))
+        return prompt, [*completion, end]
     if "text" in row and "prompt" not in row:
         ids = encode(tokenizer, _string(row, "text"), special=True)
         return ids[:1], [*ids[1:], end]
-    completion = [*encode(tokenizer, _string(row, answer)), end]
+    answer_ids = [*encode(tokenizer, _string(row, answer)), end]
     if is_chat(row.get("prompt")):
-        return encode_prompt(tokenizer, row["prompt"]), completion
-    return encode(tokenizer, _string(row, "prompt"), special=True), completion
+        return encode_prompt(tokenizer, row["prompt"]), answer_ids
+    return encode(tokenizer, _string(row, "prompt"), special=True), answer_ids
 
 
 def _string(row: Mapping[str, Any], name: str) -> str:
@@ -194,7 +195,7 @@ def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str
     columns: dict[str, Any] = {}
     if isinstance(row, Mapping):
         if "prompt_ids" in row and "prompt" not in row:
-            return _from_ids(tokenizer, index, row)
+            return _from_ids(tokenizer, index, row, place)
         if "prompt" not in row:
             raise DataLoadError(
                 f'{place}: "prompt" is missing (fields: {", ".join(map(str, row)) or "none"})'
@@ -230,10 +231,21 @@ def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str
     return Prompt(index=index, text=text, ids=tuple(ids), columns=columns, messages=messages)
 
 
-def _from_ids(tokenizer: TokenizerWrapper, index: int, row: Mapping[str, Any]) -> Prompt:
+def _from_ids(tokenizer: TokenizerWrapper, index: int, row: Mapping[str, Any], place: str) -> Prompt:
     """A pre-tokenised prompt; what rewards read is decoded from its ids."""
     columns = {k: v for k, v in row.items() if k not in ("prompt_ids", "completion_ids")}
+    ids = _known_ids(tokenizer, row["prompt_ids"], place)
     if "completion_ids" in row:
-        columns["completion"] = tokenizer.decode([int(i) for i in row["completion_ids"]])
-    ids = tuple(int(i) for i in row["prompt_ids"])
-    return Prompt(index=index, text=tokenizer.decode(list(ids)), ids=ids, columns=columns)
+        columns["completion"] = tokenizer.decode(_known_ids(tokenizer, row["completion_ids"], place))
+    return Prompt(index=index, text=tokenizer.decode(ids), ids=tuple(ids), columns=columns)
+
+
+def _known_ids(tokenizer: TokenizerWrapper, values: Any, place: str = "") -> list[int]:
+    """Ids as Python's numbers. MLX reads past the end of the embeddings without a word, hence the check."""
+    ids = [int(value) for value in values]
+    if ids and not 0 <= min(ids) <= max(ids) < len(tokenizer):
+        raise DataLoadError(
+            f"{place}{': ' if place else ''}token ids from 0 to {len(tokenizer) - 1} are expected, found {min(ids)} to "
+            f"{max(ids)}; run preprocess with this model"
+        )
+    return ids

@@ -32,11 +32,17 @@ COUNTED_ROWS = 10_000
 
 
 def check_model(config: TrainingConfig) -> None:
-    """Refuse a model or an adapter that is not there."""
+    """Refuse a model or an adapter that is not there, or adapters on more blocks than there are."""
     if config.model_name != EMBEDDED:
         existing_model(config.model_name)
     if config.adapter_path is not None:
         read_description(Path(config.adapter_path).expanduser())
+    elif config.fine_tune_type == "lora" and config.lora_layers > 0:
+        blocks = model_config(config).get("num_hidden_layers")
+        if isinstance(blocks, int) and config.lora_layers > blocks:
+            raise InvalidConfigurationError(
+                f"lora_layers: {config.lora_layers} is more than the model's {blocks} blocks; use -1 for all"
+            )
 
 
 def model_config(config: TrainingConfig) -> Mapping[str, Any]:

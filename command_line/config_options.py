@@ -16,8 +16,10 @@ from command_line.parsing import Parser, one_of
 from config.declaration import Declaration
 from config.errors import InvalidConfigurationError
 from config.loader import Loaded, load_config
+from config.older.names import Flag
 from config.older.systems import find_system
 from config.options import Option, sections_of
+from config.ppo_config import PPOConfig
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -87,25 +89,36 @@ def add_source_options(parser: Parser) -> None:
         help="the flags of an older system follow, with their meaning and defaults there (docs/command_line.md)",
     )
     parser.set_defaults(overrides=[])
-    parser.adopt = _adopt
 
 
-def _adopt(parser: Parser, name: str) -> None:
+def _adopt(parser: Parser, name: str, cls: type[Declaration]) -> None:
     """Add an older system's flags; where one is spelled like one of ours, it means what it means there."""
     system = find_system(name)
     group = parser.add_argument_group(f"flags of {system.title}", conflict_handler="resolve")
-    for flag in system.flags:
-        name = flag.name.replace("_", "-")
-        options, kind = [f"--{name}" if len(name) > 1 else f"-{name}"], {"action": _Value, "metavar": "VALUE"}
+    flags = list(system.flags)
+    if system.name == "mlx-rlhf":  # the folder of one in ppo_training.py, a switch to train one in sft.py
+        trains_one = cls is not PPOConfig
+        meaning = "train a reward model" if trains_one else "folder of a reward model"
+        flags.append(Flag("reward_model", trains_one, meaning))
+    for flag in flags:
+        dashes = "--" if len(flag.name) > 1 else "-"
+        options = [dashes + flag.name.replace("_", "-")]
+        kind: dict[str, Any] = {"action": _Value, "metavar": "VALUE"}
         if flag.is_switch:
-            options, kind = [*options, f"--no-{name}"], {"action": _Switch, "nargs": 0}
-        group.add_argument(
-            *options,
-            dest=flag.name.replace("-", "_"),
-            default=argparse.SUPPRESS,
-            help=flag.meaning.replace("%", "%%"),
-            **kind,
-        )
+            options.append("--no-" + options[0].lstrip("-"))
+            kind = {"action": _Switch, "nargs": 0}
+        _add_theirs(group, options, flag.name, flag.meaning, kind)
+    listed = {flag.name.replace("-", "_") for flag in flags}
+    for name in system.settings:  # of which it may have no list of flags: a value, or none for true
+        ours = parser.option("--" + name.replace("_", "-"))
+        if name.replace("-", "_") not in listed and (ours is None or isinstance(ours, (_Value, _Switch))):
+            kind = {"action": _Value, "nargs": "?", "const": True, "metavar": "VALUE"}
+            _add_theirs(group, ["--" + name.replace("_", "-")], name, f"as in {system.title}", kind)
+
+
+def _add_theirs(group: Any, options: list[str], name: str, meaning: str, kind: dict[str, Any]) -> None:
+    text = meaning.replace("%", "%%")
+    group.add_argument(*options, dest=name.replace("-", "_"), default=argparse.SUPPRESS, help=text, **kind)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -131,6 +144,7 @@ def add_log_level(parser: Any) -> None:
 def add_config_options(parser: Parser, cls: type[Declaration], leave_out: Collection[str] = ()) -> None:
     """Configuration sources, then a flag for each field of ``cls`` under the heading of its section."""
     add_source_options(parser)
+    parser.adopt = lambda parser, system: _adopt(parser, system, cls)
     for section, fields in sections_of(cls).items():
         group = parser.add_argument_group(section)
         for field in fields:
@@ -175,11 +189,8 @@ def load(cls: type[Any], options: argparse.Namespace) -> Loaded:
             "RUN/interrupted if it was stopped, and --adapter-path starts a new run from either"
         )
     level = getattr(logging, getattr(options, "log_level", "INFO"))
-    # INFO is ours; what libraries say at that level (each request to the hub, …) is for DEBUG.
-    logging.basicConfig(
-        level=level if level != logging.INFO else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    if level == logging.DEBUG:
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     if level >= logging.WARNING:
         add_override(options, "verbose", False)
     loaded: Loaded = load_config(

@@ -42,6 +42,10 @@ class Parser(argparse.ArgumentParser):
         """Every option that starts with two dashes."""
         return [name for name in self._option_string_actions if name.startswith("--")]
 
+    def option(self, name: str) -> argparse.Action | None:
+        """What an option does, by its name with the dashes; None if there is none."""
+        return self._option_string_actions.get(name)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, with underscores in an option's name read as dashes."""
         args = sys.argv[1:] if args is None else list(args)

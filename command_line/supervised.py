@@ -27,6 +27,8 @@ def _reward_model_options(parser: Parser) -> None:
 
 def run_sft(options: argparse.Namespace) -> int:
     """Fine-tune on demonstrations; the run folder holds ``final`` (an adapter) or ``model`` (every weight)."""
+    if ("reward_model", True) in options.overrides:  # sft.py of mlx-rlhf trains either, by this switch
+        return run_reward_model(options)
     loaded = load(SFTConfig, options)
     if options.explain:
         print(explained(loaded))

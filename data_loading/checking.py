@@ -17,6 +17,7 @@ from config.training_config import TrainingConfig
 from data_loading.histogram import histogram
 from data_loading.loading import SPLIT_FILES, open_source, split_file
 from data_loading.normalising import prompt_key, repeated, shared, text_key
+from data_loading.records import path_of
 from data_loading.rows import Report, Scan
 from data_loading.schemas import LOADERS, Row
 from data_loading.token_files import TokenFiles, prefix_of
@@ -123,7 +124,7 @@ def check_file(
         DataLoadError: where a file as a whole cannot be read. Bad rows are in the report.
     """
     config = config or DataConfig()
-    folder = Path(path).expanduser()
+    folder = path_of(path)
     if prefix_of(folder) is None and folder.is_dir():
         found = [split_file(folder, split) for split in SPLIT_FILES]
         reports = [_check(file, config, tokenizer) for file in found if file is not None]
@@ -137,7 +138,7 @@ def check_file(
         return FolderReport(reports)
     report = _check(folder, config, tokenizer)
     if against is not None:
-        _compare(report, _check(Path(against).expanduser(), config, None))
+        _compare(report, _check(path_of(against), config, None))
     return report
 
 

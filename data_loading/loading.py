@@ -15,7 +15,7 @@ from config.training_config import TrainingConfig
 from data_loading.csv_files import CsvFile
 from data_loading.json_files import open_json
 from data_loading.normalising import shared
-from data_loading.records import Source
+from data_loading.records import Source, path_of
 from data_loading.rows import Rows, read_rows
 from data_loading.schemas import Kind
 from data_loading.tables import HubDataset, RowList, Table, open_hub, open_parquet
@@ -147,7 +147,7 @@ def _sources(config: DataConfig) -> tuple[Any, Any | None]:
             "train_path: nothing to train on; give a file, or a data set by dataset_name"
         )
     validation = config.val_path
-    folder = Path(config.train_path).expanduser()
+    folder = path_of(config.train_path)
     if validation is None and not config.validation_fraction and folder.is_dir():
         validation = config.train_path if split_file(folder, "valid") else None
     return config.train_path, validation
@@ -160,7 +160,7 @@ def _load(source: Any, config: DataConfig | None, kind: Kind, split: str) -> Row
 
 
 def _read(source: Any, config: DataConfig, kind: Kind, split: str) -> Rows | TokenRows:
-    prefix = prefix_of(Path(source).expanduser()) if _is_path(source) else None
+    prefix = prefix_of(path_of(source)) if _is_path(source) else None
     if prefix is not None:
         return read_token_rows(prefix, config, kind)
     return read_rows(open_source(source, split), config, kind)
@@ -171,7 +171,7 @@ def open_source(source: Any, split: str = "train") -> Source:
     if isinstance(source, HubDataset):
         return open_hub(source)
     if _is_path(source):
-        return _open_path(Path(source).expanduser(), split)
+        return _open_path(path_of(source), split)
     if hasattr(source, "column_names") and hasattr(source, "__getitem__"):  # a datasets.Dataset
         return Table(source, "dataset")
     if isinstance(source, Sequence):
@@ -184,25 +184,20 @@ def _is_path(source: Any) -> bool:
 
 
 def _open_path(path: Path, split: str) -> Source:
-    try:
-        if path.is_dir():
-            found = split_file(path, split)
-            if found is None:
-                names = sorted(p.name for p in path.iterdir())[:10]
-                raise DataLoadError(
-                    f"{path}: the folder has no {SPLIT_FILES.get(split, (split,))[0]}.jsonl (it holds "
-                    f"{', '.join(names) or 'nothing'}); name the file itself"
-                )
-            path = found
-        elif not path.exists():
+    if path.is_dir():
+        found = split_file(path, split)
+        if found is None:
+            names = sorted(inside.name for inside in path.iterdir())[:10]
             raise DataLoadError(
-                f"{path}: there is no such file; check the path (a data set on the Hugging Face Hub is given by "
-                "dataset_name, or HubDataset)"
+                f"{path}: the folder has no {SPLIT_FILES.get(split, (split,))[0]}.jsonl (it holds "
+                f"{', '.join(names) or 'nothing'}); name the file itself"
             )
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataLoadError):
-            raise
-        raise DataLoadError(f"{str(path)!r:.120}: cannot be read ({error}); check the path") from None
+        path = found
+    elif not path.exists():
+        raise DataLoadError(
+            f"{path}: there is no such file; check the path (a data set on the Hugging Face Hub is given by "
+            "dataset_name, or HubDataset)"
+        )
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataLoadError(

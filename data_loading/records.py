@@ -13,7 +13,13 @@ LONGEST_LINE = 1 << 26  # bytes
 
 
 class BadRowError(Exception):
-    """One row cannot be used; the message says why, whoever catches it knows where."""
+    """One row cannot be used; the message says why, whoever catches it knows where.
+
+    It may quote the row, so line ends and control characters in it are written as escapes.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in reason))
 
 
 class Record(NamedTuple):
@@ -40,6 +46,17 @@ class Source(Protocol):
     def place(self, number: int) -> str:
         """``file:line`` or the like."""
         ...
+
+
+def path_of(name: str | Path) -> Path:
+    """A path with its ~ resolved, if the file system takes it at all."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a nul byte, nobody's home
+        reason = getattr(error, "strerror", None) or error
+        raise DataLoadError(f"{str(name)!r:.120}: cannot be read ({reason}); check the path") from None
+    return path
 
 
 def open_for_reading(path: Path) -> Any:

@@ -142,7 +142,7 @@ class Scan:
                 continue
             try:
                 if fields is None:
-                    raise BadRowError(problem)
+                    raise BadRowError(problem or "")
                 rows = self.convert(fields)
             except BadRowError as error:
                 self.bad(number, str(error))

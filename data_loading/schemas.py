@@ -109,18 +109,22 @@ def _preference(fields: Fields, config: DataConfig) -> list[Row]:
         isinstance(chosen, (list, tuple)) and len(chosen) > 1
     ):  # whole chats beside a prompt that they begin with
         return _implicit_preference(fields, config)
-    return [
-        {
-            "prompt": as_prompt(fields[config.prompt_column], fields, config),
-            "chosen": _answer(fields, config.chosen_column),
-            "rejected": _answer(fields, config.rejected_column),
-        }
-    ]
+    prompt = as_prompt(fields[config.prompt_column], fields, config)
+    better, worse = (_answer(fields, name) for name in (config.chosen_column, config.rejected_column))
+    return [_comparison(prompt, better, worse)]
+
+
+def _comparison(prompt: Any, chosen: str, rejected: str) -> Row:
+    if chosen == rejected:
+        raise BadRowError(
+            "the better and the worse answer are the same, so there is nothing to learn from them"
+        )
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _implicit_preference(fields: Fields, config: DataConfig) -> list[Row]:
     prompt, chosen, rejected = shared_start(fields[config.chosen_column], fields[config.rejected_column])
-    return [{"prompt": as_prompt(prompt, fields, config), "chosen": chosen, "rejected": rejected}]
+    return [_comparison(as_prompt(prompt, fields, config), chosen, rejected)]
 
 
 def _ranked(fields: Fields, config: DataConfig) -> list[Row]:
@@ -255,13 +259,18 @@ def find_schema(fields: Fields, config: DataConfig, kind: Kind | None) -> Schema
         return usable[0]
     there = f"columns: {', '.join(map(str, fields)) or 'none'}"
     wanted = WANTED[kind] if kind is not None else "a prompt, a chat, a text or a pair of answers"
-    if fitting:
-        raise BadRowError(f"{wanted} is expected, found {fitting[0].name} ({there}){_other_use(fitting[0])}")
     null = [name for name in _named(config, SIMPLEST[kind]) if name in fields and fields[name] is None]
     if null:
         raise BadRowError(f'"{null[0]}" is null; {wanted} is expected')
+    hint = _rename(fields, config, kind)
+    if fitting and not hint:
+        read_by = " or ".join(LOADERS[use] for use in fitting[0].uses)
+        raise BadRowError(
+            f"{wanted} is expected, found {fitting[0].name} ({there:.200}); that is read by {read_by}"
+        )
     nearest_to = [s for s in SCHEMAS if s.needs == SIMPLEST[kind]] + [s for s in SCHEMAS if kind in s.uses]
-    raise BadRowError(f"{missing(fields, config, nearest_to)} ({there:.200}){_rename(fields, config, kind)}")
+    hint = hint or "rename the columns of the file, or name them in the config (prompt_column and others)"
+    raise BadRowError(f"{missing(fields, config, nearest_to)} ({there:.200}); {hint}")
 
 
 def missing(fields: Fields, config: DataConfig, schemas: Sequence[Schema]) -> str:
@@ -273,10 +282,6 @@ def missing(fields: Fields, config: DataConfig, schemas: Sequence[Schema]) -> st
 
 def _present(schema: Schema, fields: Fields, config: DataConfig) -> int:
     return sum(fields.get(name) is not None for name in schema.columns(config))
-
-
-def _other_use(schema: Schema) -> str:
-    return "; it is read by " + " or ".join(LOADERS[use] for use in schema.uses)
 
 
 #: What other collections call the same column.
@@ -292,12 +297,11 @@ SYNONYMS = {
 
 
 def _rename(fields: Fields, config: DataConfig, kind: Kind | None) -> str:
+    """Which options would name columns that are there for those that are not; empty where none looks like it."""
     hints = []
     for name in SIMPLEST[kind]:
         column = getattr(config, f"{name}_column")
         other = next((n for n in SYNONYMS[name] if n in fields), None)
         if column not in fields and other is not None:
             hints.append(f'{name}_column="{other}"')
-    if hints:
-        return "; try " + ", ".join(hints)
-    return "; rename the columns of the file, or name them in the config (prompt_column and others)"
+    return "try " + ", ".join(hints) if hints else ""

@@ -32,6 +32,11 @@ HARMLESS = frozenset(
     + [(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")]
     + [("numpy", "ndarray"), ("numpy", "dtype")]
 )
+#: Readers of a file's header, by its version; later ones hold names of fields, which rows of ids have none of.
+HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -158,8 +163,11 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     open_for_reading(path).close()
     try:
         values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataLoadError(f"{path}: not an NPY file that can be mapped ({error}); write it anew") from None
+    except Exception as error:  # NumPy parses the header as Python, and raises whatever that raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataLoadError(
+            f"{path}: not an NPY file that can be mapped ({reason:.200}); write it anew"
+        ) from None
     if values.ndim != 1 or values.dtype != dtype:
         raise DataLoadError(
             f"{path}: a flat array of {dtype} is expected, found {values.dtype} of shape {values.shape}"
@@ -171,8 +179,8 @@ def _older(path: Path) -> Ragged:
     """An object array of rows, or a plain array (rows, tokens) where all rows had one length."""
     with open_for_reading(path) as file:
         try:
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format._read_array_header(file, version)  # type: ignore[attr-defined]
+            read_header = HEADERS[np.lib.format.read_magic(file)]
+            shape, _, dtype = read_header(file)
             if dtype.hasobject:
                 rows = _ArraysOnly(io.BytesIO(file.read())).load()
             else:

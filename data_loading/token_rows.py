@@ -75,6 +75,13 @@ class TokenRows(Sequence[Row]):
                 f"{self.files.description.get('model_name', 'another model')}, not by this model's; run preprocess "
                 "with this model"
             )
+        if made_by is None:  # of others every row is checked when it is read: a look at all would read all
+            self._check_ids(vocabulary)
+        empty = np.flatnonzero(self.prompt_lengths == 0)
+        if empty.size:
+            raise DataLoadError(f"{self.place(int(empty[0]))}: the prompt is empty")
+
+    def _check_ids(self, vocabulary: int) -> None:
         for part, rows in (("prompts", self.files.prompts), ("completions", self.files.completions)):
             if rows is not None and rows.values.size:
                 smallest, largest = int(rows.values.min()), int(rows.values.max())
@@ -83,9 +90,6 @@ class TokenRows(Sequence[Row]):
                         f"{part_path(self.files.prefix, part)}: ids from 0 to {vocabulary - 1} are expected, found "
                         f"{smallest} to {largest}; run preprocess with this model"
                     )
-        empty = np.flatnonzero(self.prompt_lengths == 0)
-        if empty.size:
-            raise DataLoadError(f"{self.place(int(empty[0]))}: the prompt is empty")
 
 
 def read_token_rows(prefix: str, config: DataConfig, kind: Kind) -> TokenRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from command_line.benchmarks import check_benchmarks, exact_match, final_number, first_letter, perplexity
+from command_line.benchmark_rows import Task, final_number, first_letter, human_eval, mbpp, program
+from command_line.benchmarks import check_benchmarks, exact_match, pass_at_1, perplexity
 from config.errors import DataLoadError, InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from models.policy_model import PolicyModel
@@ -54,8 +56,7 @@ def test_the_letter_of_an_answer(text: str, letter: str | None) -> None:
 @pytest.mark.parametrize(
     ("names", "data", "sentence"),
     [
-        (["human_eval"], [], "it runs programs that the model wrote"),
-        (["mbpp"], ["mbpp=x"], "it runs programs that the model wrote"),
+        (["human_eval"], [], "give --benchmark-data human_eval=FILE"),
         (["gsm8k"], [], "give --benchmark-data gsm8k=FILE"),
         (["gsm8k"], ["gsm8k"], "NAME=FILE is expected, found 'gsm8k'"),
         ([], ["arc=x"], "add --benchmark arc"),
@@ -79,6 +80,9 @@ def test_what_is_not_there_is_refused(names: list[str], data: list[str], sentenc
             "among the labels",
         ),
         ("arc", "[1]", "rows.jsonl:2: "),
+        ("mbpp", '{"text": "x", "test_list": []}', "a test in test_list"),
+        ("mbpp", '{"text": "x", "test_list": [1]}', "text in test_list"),
+        ("human_eval", '{"prompt": "x", "test": "y"}', "'entry_point' is missing"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, name: str, line: str, sentence: str) -> None:
@@ -132,3 +136,49 @@ def test_perplexity_is_that_of_the_policy_not_of_its_base(
     assert after["perplexity"] == pytest.approx(size, rel=1e-5)
     assert after["nats_per_token"] == pytest.approx(math.log(size), rel=1e-6)
     assert after["rows"] == 2
+
+
+def test_a_program_ends_where_the_function_does() -> None:
+    task = human_eval(
+        {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 2", "entry_point": "f"}
+    )
+    body = "    return (\n        x + 1\n    )\n"
+    assert program(task, body) == "def f(x):\n" + body
+    assert program(task, body + "def g():\n    pass\n") == "def f(x):\n" + body
+    assert program(task, body + "# and so on") == "def f(x):\n" + body
+    assert program(task, "```python\ndef f(x): return 2\n```") == "```python\ndef f(x): return 2\n```"
+    assert program(Task("write f"), "def f(): ...\nf()") == "def f(): ...\nf()"
+
+
+def test_programs_pass_all_of_their_tests_or_do_not_count(
+    tiny: LanguageModel, make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four programs that a model is made to say, two pass everything: 0.5."""
+    from command_line import benchmarks
+    from rewards.code_execution import CodeExecution
+
+    tests = "def check(g):\n    assert g(1) == 2\n    assert g(-1) == 0\n"
+    completed = human_eval({"prompt": "def f(x):\n", "test": tests, "entry_point": "f"})
+    written = mbpp({"text": "Add one.", "test_list": ["assert f(1) == 2", "assert f(-1) == 0"]})
+    assert written.prompt == "Add one.\nYour code should pass this test:\nassert f(1) == 2\n"
+    said = [
+        "    return x + 1\nprint(",
+        "    return 2 * x",
+        "```python\nf = lambda x: x + 1\n```",
+        "def f(x): return 2 * x",
+    ]
+    generate = benchmarks.Generator.generate
+
+    def generated(*arguments: Any, **options: Any) -> Any:
+        rollouts = generate(*arguments, **options)
+        return [dataclasses.replace(r, text=text) for r, text in zip(rollouts, said, strict=True)]
+
+    monkeypatch.setattr(benchmarks.Generator, "generate", generated)
+    policy, config = PolicyModel(tiny, make_config(PPOConfig)), make_config(PPOConfig, max_new_tokens=2)
+    try:
+        judge = CodeExecution(num_workers=1)
+    except InvalidConfigurationError as error:
+        pytest.skip(f"no sandbox here: {error}")
+    result = pass_at_1(policy, config, [completed, completed, written, written], judge)
+    assert [sample["passed"] for sample in result["samples"]] == [True, False, True, False]
+    assert (result["pass@1"], result["rows"]) == (0.5, 4)

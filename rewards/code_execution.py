@@ -1,0 +1,148 @@
+"""Does the program in the answer do what its tests ask? Runs it, in a sandbox (``rewards/sandbox``).
+
+    score = 0                          no code, or it is no Python
+            0.3 + 0.7 · pass_rate      otherwise                                        in [0, 1]
+
+    pass_rate     share of the row's test cases that pass; without test cases 1 if the program ends
+                  by itself with exit code 0, else 0
+
+The code is the last block between ``` fences that is marked as Python or not at all, after the last ``</think>``;
+an answer without fences is taken as code as it stands. Test cases come in the column ``test_cases``, one list per
+row, in the forms of ``rewards/sandbox/grading.py``. Each of them runs the program anew.
+
+A model can cheat in the ways that ``grading`` lists, none of them by printing or leaving: a program that prints
+"passed", calls ``sys.exit(0)`` or ``os._exit(0)``, or brings an ``==`` that is always true, gets 0.3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from config.errors import InvalidConfigurationError
+from rewards.registry import register
+from rewards.sandbox.backends import proven_backend
+from rewards.sandbox.grading import Case, read_cases, run_case
+from rewards.sandbox.limits import Limits
+from rewards.sandbox.runner import run_program
+
+FOR_RUNNING = 0.3
+_PYTHON = ("", "python", "python3", "py", "py3")
+
+
+def extract_code(text: str) -> str:
+    """The program in an answer, empty if there is none; in time linear in its length.
+
+    >>> extract_code("Here:\\n```python\\nprint(1)\\n```\\nDone.")
+    'print(1)\\n'
+    >>> extract_code("def f():\\n    return 1")
+    'def f():\\n    return 1'
+    """
+    text = text.rpartition("</think>")[2]
+    last: str | None = None
+    block: list[str] = []
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        mark = line.strip()
+        if fence and mark.startswith("```") and mark.strip("`") == "":
+            last = "".join(block) if fence == "python" else last
+            fence = ""
+        elif not fence and mark.startswith("```"):
+            fence = "python" if mark.strip("`").strip().lower() in _PYTHON else "other"
+            block = []
+        elif fence:
+            block.append(line)
+    if fence == "python":  # cut off before its end
+        last = "".join(block)
+    if last is not None:
+        return last if last.strip() else ""
+    return text if text.strip() and "```" not in text else ""
+
+
+@register("code_execution")
+class CodeExecution:
+    """The reward; its options are the keywords of ``__init__``.
+
+    Args:
+        timeout: Seconds for one run of a program.
+        num_workers: Programs that run at one time. None: one per processor core.
+        memory_limit: Megabytes, for each process of a program and for all of them together.
+        allow_imports: True: whatever is installed. False: none. A list: the modules that a program may import.
+        sandbox_command: A command of your own that runs a command in a container.
+        allow_unsafe_code: Run programs without a sandbox where there is none.
+
+    Raises:
+        InvalidConfigurationError: an option is out of range, or no sandbox works here; before any model is loaded.
+    """
+
+    reward_name = "code_execution"
+
+    def __init__(
+        self,
+        *,
+        timeout: float = 5.0,
+        num_workers: int | None = None,
+        memory_limit: int = 512,
+        allow_imports: bool | Sequence[str] = True,
+        sandbox_command: str | Sequence[str] | None = None,
+        allow_unsafe_code: bool = False,
+    ) -> None:
+        if num_workers is not None and (
+            isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1
+        ):
+            raise InvalidConfigurationError(
+                f"code_execution: num_workers is {num_workers!r}; expected a whole number from 1, or None for "
+                f"one per processor core."
+            )
+        if not isinstance(allow_imports, bool) and (
+            isinstance(allow_imports, str)
+            or not isinstance(allow_imports, Sequence)
+            or not all(isinstance(name, str) for name in allow_imports)
+        ):
+            raise InvalidConfigurationError(
+                f"code_execution: allow_imports is {allow_imports!r}; expected true, false or a list of module "
+                f'names such as ["math", "collections"].'
+            )
+        self.limits = Limits(seconds=timeout, memory_mb=memory_limit)
+        self.workers = num_workers or _cores()
+        self.imports = None if allow_imports is True else list(allow_imports or ())
+        self.backend = proven_backend(sandbox_command, allow_unsafe_code)
+
+    def __call__(
+        self, completions: Sequence[Any], test_cases: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
+        """One score per completion; ``test_cases`` is one list of cases per completion."""
+        given = test_cases if test_cases is not None else [None] * len(completions)
+        cases = [read_cases(one, row) for row, one in enumerate(given)]
+        programs = [extract_code(_text(completion)) for completion in completions]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self._score, programs, cases))
+
+    def _score(self, code: str, cases: Sequence[Case]) -> float:
+        if not code:
+            return 0.0
+        if not cases:
+            result = run_program(code, "", self.limits, self.backend, imports=self.imports)
+            if result.status == "syntax_error":
+                return 0.0
+            return 1.0 if result.status == "ok" else FOR_RUNNING
+        passed = 0
+        for case in cases:
+            good, result = run_case(code, case, self.limits, self.backend, self.imports)
+            if result.status == "syntax_error":
+                return 0.0
+            passed += good
+        return FOR_RUNNING + (1 - FOR_RUNNING) * passed / len(cases)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _text(completion: Any) -> str:
+    """An answer as text; of a conversation, what was said last."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1]["content"]) if completion else ""
