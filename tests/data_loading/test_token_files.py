@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +204,12 @@ def test_rows_of_one_length_are_a_plain_array(tmp_path: Path) -> None:
     assert [row["prompt_ids"].tolist() for row in load_prompts(tmp_path / "old")] == [[1, 2], [3, 4]]
 
 
+MARKER = Path(tempfile.gettempdir()) / f"made-by-a-pickle-{os.getpid()}"
+
+
 class Evil:
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path("/tmp/never-to-be-made-by-a-test"),))
+        return (Path.touch, (MARKER,))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +228,9 @@ def test_a_pickle_that_is_no_array_is_never_run(tmp_path: Path, rows: np.ndarray
     np.save(tmp_path / "old_prompts.npy", rows, allow_pickle=True)
     with pytest.raises(DataLoadError, match=sentence):
         load_prompts(tmp_path / "old")
-    assert not Path("/tmp/never-to-be-made-by-a-test").exists()
+    made = MARKER.exists()
+    MARKER.unlink(missing_ok=True)
+    assert not made
 
 
 def test_a_pickle_in_place_of_the_array_is_not_run_either(tmp_path: Path) -> None:
