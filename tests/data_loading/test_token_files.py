@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ def test_too_long_prompts_are_found_without_reading_them(prefix: str) -> None:
     dropped = prepared(rows, max_prompt_length=5, overflow="drop")
     assert [p.index for p in dropped] == [0]
     assert dropped.fitting.dropped == 2
+    assert len(prepared(rows[::2], max_prompt_length=6)) == 2  # six tokens are not more than six
     cut = prepared(rows, max_prompt_length=5, overflow="keep_end")
     assert (TOKENIZER.decode(list(cut[2].ids)), cut[2].text) == ("onger", "longer")  # a reward reads it whole
     assert (
@@ -201,9 +204,12 @@ def test_rows_of_one_length_are_a_plain_array(tmp_path: Path) -> None:
     assert [row["prompt_ids"].tolist() for row in load_prompts(tmp_path / "old")] == [[1, 2], [3, 4]]
 
 
+MARKER = Path(tempfile.gettempdir()) / f"made-by-a-pickle-{os.getpid()}"
+
+
 class Evil:
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path("/tmp/never-to-be-made-by-a-test"),))
+        return (Path.touch, (MARKER,))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +228,9 @@ def test_a_pickle_that_is_no_array_is_never_run(tmp_path: Path, rows: np.ndarray
     np.save(tmp_path / "old_prompts.npy", rows, allow_pickle=True)
     with pytest.raises(DataLoadError, match=sentence):
         load_prompts(tmp_path / "old")
-    assert not Path("/tmp/never-to-be-made-by-a-test").exists()
+    made = MARKER.exists()
+    MARKER.unlink(missing_ok=True)
+    assert not made
 
 
 def test_a_pickle_in_place_of_the_array_is_not_run_either(tmp_path: Path) -> None:
