@@ -142,7 +142,7 @@ def program(task: Task, completion: str) -> str:
     """
     if "```" in completion or not task.start:
         return completion
-    kept = []
+    kept: list[str] = []
     for line in completion.splitlines(keepends=True):
         if kept and line[:1].strip() and not line.startswith((")", "]", "}")):
             break
