@@ -76,7 +76,9 @@ def test_too_long_prompts_are_found_without_reading_them(prefix: str) -> None:
     dropped = prepared(rows, max_prompt_length=5, overflow="drop")
     assert [p.index for p in dropped] == [0]
     assert dropped.fitting.dropped == 2
-    assert len(prepared(rows[::2], max_prompt_length=6)) == 2  # six tokens are not more than six
+    assert (
+        len(prepared(rows[::2], max_prompt_length=6, overflow="drop")) == 2
+    )  # six tokens are not more than six
     cut = prepared(rows, max_prompt_length=5, overflow="keep_end")
     assert (TOKENIZER.decode(list(cut[2].ids)), cut[2].text) == ("onger", "longer")  # a reward reads it whole
     assert (
