@@ -168,7 +168,7 @@ def _start(job: Job, kept: list[int], stdin: int, stdout: int, stderr: int, more
     os.closerange(last + 1, _FIRST_KEPT)
     os.closerange(_FIRST_KEPT + len(kept), min(top, 1 << 20))
     _confine_program(job)
-    sys.exit(_program(job))
+    _leave(_program(job))
 
 
 def _high(descriptor: int) -> int:
@@ -224,8 +224,11 @@ def _program(job: Job) -> int:
                 return NO_SUCH_FUNCTION
             value = encode(function(*arguments, **keywords))
             _write_all(3, value)
-    except SystemExit:
-        raise
+    except SystemExit as leaving:
+        if leaving.code is None or isinstance(leaving.code, int):
+            return (leaving.code or 0) & 0xFF
+        sys.stderr.write(f"{leaving.code}\n")
+        return 1
     except BadValue as error:
         sys.stderr.write(f"The call returned what cannot be compared: {error}\n")
         return 1
@@ -234,6 +237,22 @@ def _program(job: Job) -> int:
         sys.excepthook(type(error), error, trace.tb_next if trace else None)
         return 1
     return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """As Python ends, threads awaited and atexit run, but without taking itself apart, which takes 5 ms."""
+    import atexit
+
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__} at the end\n".encode())
+        code = code or 1
+    os._exit(code)
 
 
 def _only_import(allowed: list[str]) -> None:

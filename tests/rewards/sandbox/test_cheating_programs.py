@@ -93,7 +93,7 @@ CHEATS = {
     ),
     "searches memory": (
         "import gc\ndef add(a, b):\n"
-        "    want = 47 * 100 + 11\n"
+        "    want = int('47') * 100 + 11\n"  # not 4711 among its own constants
         "    for x in gc.get_objects():\n"
         "        if isinstance(x, dict): x = list(x.values())\n"
         "        if not isinstance(x, (list, tuple, set)): continue\n"

@@ -64,7 +64,7 @@ def test_the_probe_sees_that_unsafe_is_unsafe() -> None:
 
 
 def test_a_command_that_walls_nothing_in_is_refused() -> None:
-    with pytest.raises(InvalidConfigurationError, match="could read a file|does not run programs here"):
+    with pytest.raises(InvalidConfigurationError, match=r"could read a file|does not run programs here"):
         proven_backend("env PATH=/usr/bin:/bin")  # runs what follows it, as docker would, but here
     with pytest.raises(InvalidConfigurationError, match="there is no"):
         proven_backend(["no-such-container-tool", "run"])
