@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from command_line.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 SHELL = shutil.which("dash") or "/bin/sh"
 TOOLS = ["cat", "cksum", "cp", "cut", "dirname", "head", "mkdir", "mv", "rm", "sed", "sleep", "tail"]
@@ -156,6 +158,13 @@ def test_a_second_run_sets_nothing_up(tmp_path):
     ran = machine.run("demo", "--name", "a b", cwd=tmp_path)
     assert ran.stdout == f"<{machine.root}/main.py><--name><a b> in {tmp_path}\n"
     assert machine.asked() == f"{machine.root}/main.py --name a b\n"
+
+
+def test_every_command_of_the_program_is_one_of_the_script(tmp_path):
+    machine = Machine(tmp_path, LINUX | {"python3.12": PYTHON})
+    for command in COMMANDS:
+        ran = machine.run(command, "--config", "a b.yaml", cwd=tmp_path)
+        assert ran.stdout == f"<{machine.root}/main.py><{command}><--config><a b.yaml> in {tmp_path}\n"
 
 
 def test_comparisons_with_pytorch_have_an_environment_of_their_own(tmp_path):
