@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rewards.sandbox.backends import Backend, Bubblewrap, Landlock, SandboxExec, Sandlock, why_not
+from rewards.sandbox.backends import Backend, Bubblewrap, Landlock, SandboxExec, Sandlock
+from rewards.sandbox.choice import why_not
 
 BACKENDS: dict[str, Backend] = {
     "landlock": Landlock(),
