@@ -82,7 +82,7 @@ def test_a_command_that_holds_is_used() -> None:
         pytest.skip("as root it needs a Python that every user may execute")
     words = Bubblewrap().words(None, Limits())
     backend = proven_backend(
-        [*words, "env", "PATH=" + os.path.dirname(os.path.realpath(sys.executable)) + ":/usr/bin"]
+        [*words, "env", "-i", "PATH=" + os.path.dirname(os.path.realpath(sys.executable)) + ":/usr/bin"]
     )
     assert backend.name == "command"
     assert run_program("print(6 * 7)", backend=backend).stdout == "42\n"
