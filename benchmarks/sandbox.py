@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from rewards.sandbox.backends import Backend, Bubblewrap, Landlock, SandboxExec, Sandlock, why_not
+from rewards.sandbox.backends import Backend, Bubblewrap, Landlock, SandboxExec, Sandlock
+from rewards.sandbox.choice import why_not
 from rewards.sandbox.runner import run_program, run_test
 
 PROGRAM = "def add(a, b):\n    return a + b\nprint(add(2, 3))\n"

@@ -23,7 +23,7 @@ from typing import Any
 
 from config.errors import InvalidConfigurationError
 from rewards.registry import register
-from rewards.sandbox.backends import proven_backend
+from rewards.sandbox.choice import proven_backend
 from rewards.sandbox.grading import Case, read_cases, run_case
 from rewards.sandbox.limits import Limits
 from rewards.sandbox.runner import run_program

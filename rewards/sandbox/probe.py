@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rewards.sandbox.backends import Backend
 from rewards.sandbox.limits import Limits
+from rewards.sandbox.session import run_job
 from rewards.sandbox.supervision import processes_with
 
 _ATTACK = """
@@ -60,8 +61,6 @@ print("done:" + ", ".join(found))
 
 def weakness(backend: Backend) -> str:
     """What an attack achieved, or why the sandbox does not work here; empty if it holds."""
-    from rewards.sandbox.runner import run_job
-
     canary, mark = secrets.token_hex(16), secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="canary-") as name:
         folder = Path(name)

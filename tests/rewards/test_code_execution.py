@@ -9,7 +9,7 @@ import pytest
 from config.errors import InvalidConfigurationError
 from rewards.code_execution import CodeExecution, extract_code
 from rewards.composition import RewardSet
-from rewards.sandbox.backends import proven_backend
+from rewards.sandbox.choice import proven_backend
 
 ADD = "def add(a, b):\n    return a + b\n"
 

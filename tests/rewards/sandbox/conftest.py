@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from rewards.sandbox.backends import Backend, Bubblewrap, Landlock, SandboxExec, Sandlock, why_not
+from rewards.sandbox.backends import Backend, Bubblewrap, Landlock, SandboxExec, Sandlock
+from rewards.sandbox.choice import why_not
+from rewards.sandbox.kernel import NOBODY
 
 BACKENDS: dict[str, Backend] = {
     "landlock": Landlock(),
@@ -48,6 +50,8 @@ class Outside:
         folder.chmod(0o777)  # no ordinary permission is what stops a program here
         self.secret.write_text("canary")
         self.secret.chmod(0o666)
+        if os.getuid() == 0:
+            os.chown(self.secret, NOBODY, NOBODY)  # as where the trainer and the program are the same user
         self.sockets = {
             "tcp": socket.socket(socket.AF_INET, socket.SOCK_STREAM),
             "unix": socket.socket(socket.AF_UNIX, socket.SOCK_STREAM),

@@ -18,6 +18,7 @@ FORMS: dict[str, Case] = {
     "nearly": Assertions(
         "import math\nassert abs(add(4000, 711) - 4711) < 1e-6 and math.isclose(add(4000, 711), 4711)"
     ),
+    "about": Assertions("assert abs(add(4000, 711) - 4711) < 1e-6"),
     "call": Returned("add", (4000, 711), {}, 4711),
     "stdin": Printed("4000 711\n", "4711"),
 }
@@ -71,7 +72,7 @@ CHEATS = {
         "def add(a, b): return 0"
     ),
     "changes the built-in functions": (
-        "import builtins\nbuiltins.abs = lambda x: 0\nabs = all = len = isinstance = sum = lambda *a: True\n"
+        "import builtins\nbuiltins.abs = abs = lambda x: 0\nall = len = isinstance = sum = lambda *a: True\n"
         "class math:\n    @staticmethod\n    def isclose(*a): return True\n"
         "def add(a, b): return 0"
     ),

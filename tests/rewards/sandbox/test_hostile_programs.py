@@ -13,7 +13,8 @@ import pytest
 from rewards.sandbox.backends import Backend, Unsafe
 from rewards.sandbox.limits import Limits, Result
 from rewards.sandbox.probe import remains
-from rewards.sandbox.runner import run_job, run_program
+from rewards.sandbox.runner import run_program
+from rewards.sandbox.session import run_job
 
 CTYPES = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 

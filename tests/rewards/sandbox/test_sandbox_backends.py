@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from config.errors import InvalidConfigurationError
-from rewards.sandbox import backends, supervision
-from rewards.sandbox.backends import Bubblewrap, Command, Unsafe, proven_backend, seatbelt_profile, why_not
+from rewards.sandbox import backends, choice, supervision
+from rewards.sandbox.backends import Bubblewrap, Command, Unsafe, seatbelt_profile
+from rewards.sandbox.choice import proven_backend, why_not
 from rewards.sandbox.limits import Limits
-from rewards.sandbox.runner import bundle, run_program, run_test
+from rewards.sandbox.runner import run_program, run_test
+from rewards.sandbox.session import bundle
 
 LINUX = sys.platform == "linux"
 
@@ -28,8 +30,8 @@ class Nowhere(backends.Backend):
 
 @pytest.fixture
 def no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_ORDER", (Nowhere,))
-    backends._warned.clear()
+    monkeypatch.setattr(choice, "_ORDER", (Nowhere,))
+    choice._warned.clear()
 
 
 def test_without_a_sandbox_nothing_runs_and_two_lines_say_what_to_install(no_sandbox: None) -> None:
@@ -80,7 +82,7 @@ def test_a_command_that_holds_is_used() -> None:
         pytest.skip("as root it needs a Python that every user may execute")
     words = Bubblewrap().words(None, Limits())
     backend = proven_backend(
-        [*words, "env", "PATH=" + os.path.dirname(os.path.realpath(sys.executable)) + ":/usr/bin"]
+        [*words, "env", "-i", "PATH=" + os.path.dirname(os.path.realpath(sys.executable)) + ":/usr/bin"]
     )
     assert backend.name == "command"
     assert run_program("print(6 * 7)", backend=backend).stdout == "42\n"
@@ -96,7 +98,7 @@ def test_the_bundle_is_the_same_code_as_text_and_compiled() -> None:
     modules = dict(eval(bundle(as_text=True)))
     assert list(modules) == [
         "rewards", "rewards.sandbox", "rewards.sandbox.values", "rewards.sandbox.kernel",
-        "rewards.sandbox.judge", "rewards.sandbox.keeper",
+        "rewards.sandbox.judge", "rewards.sandbox.program", "rewards.sandbox.keeper",
     ]  # fmt: skip
     assert "def main" in modules["rewards.sandbox.keeper"]
     assert bundle(as_text=False)
