@@ -200,10 +200,11 @@ class Engine:
         picks = [prefill.places[self.rows[row]] for row in rows]
         if has_plain_caches(prefill.caches):
             prompts = [self.rows[row] for row in rows]
-            self._columns.enter([len(self.prompts[prompt]) for prompt in prompts], prompts)
+            lengths = [len(self.prompts[prompt]) for prompt in prompts]
+            self._columns.enter(lengths, prompts)
             if not self._caches:
-                types = {x.dtype for cache in prefill.caches for x in cache.keys_and_values()}
-                kind = cache_for(self.model, self.trunk, types)
+                repeated = sum(lengths) - sum(len(self.prompts[prompt]) for prompt in set(prompts))
+                kind = cache_for(self.model, self.trunk, prefill.caches, repeated)
                 self._caches = [kind(self._columns, self.places) for _ in prefill.caches]
             for cache, prompt in zip(self._caches, prefill.caches, strict=True):
                 cache.enter(prompt, picks)

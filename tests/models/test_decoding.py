@@ -223,6 +223,13 @@ def step_by_step(model: nn.Module, prompt: list[int], uniforms: np.ndarray, samp
     return Completion(ids, logprobs, False)
 
 
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little that saves."""
+    monkeypatch.setattr(prefix_cache, "_WORTH_SHARING", 0)
+
+
+@pytest.mark.usefixtures("shares")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "gemma3_text", "mamba2", "lfm2"])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.7}, {"top_p": 0.8, "top_k": 9}])
 def test_a_batch_of_ragged_prompts_is_each_of_them_without_a_cache(
@@ -266,7 +273,6 @@ def test_each_prompt_of_a_group_is_computed_once(monkeypatch: pytest.MonkeyPatch
         return forward(self, inputs, *args, **kwargs)
 
     trunk = find_trunk(model)
-    prefix_cache.cache_for(model, trunk, {mx.float32})  # tried out before anybody counts
     monkeypatch.setattr(inner, "__call__", spied)
     uniforms = np.stack([uniforms_for(0, 0, name, 0, 4) for name in range(9)])
     prompts = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]

@@ -19,6 +19,7 @@ from models.host_sampling import HostSampler, draw_blocks, weigh
 from models.prefix_cache import Columns, GroupCache
 from models.sampling import DeviceSampler, Sampling, draw, sampling_weights, uniforms_for
 from models.sft_model import build_embedded
+from token_attribution import host_math
 from token_attribution.trunk import find_trunk
 
 SMALL = ModelConfig(
@@ -34,6 +35,14 @@ PROMPTS = [[1, 2, 3], [4, 5, 4, 6, 7, 5, 9, 8, 1, 1, 2], [10], [11, 12, 13, 14]]
 ROWS = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 1, 2, 3]
 ENDS = frozenset(range(0, 259, 13))
 HOSTS = [True, False]
+
+
+@pytest.fixture(params=["prompts shared", "prompts repeated"], autouse=True)
+def shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Rows read what they have in common once, on the CPU, or each for itself: no test may tell which."""
+    shared: bool = request.param == "prompts shared"
+    monkeypatch.setattr(prefix_cache, "_WORTH_SHARING", 0 if shared else 1 << 60)
+    return shared and host_math.usable()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +169,7 @@ def test_a_prompt_is_computed_once_though_its_group_enters_in_parts(
 
 
 def test_every_row_that_is_decoded_is_one_that_counts(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, shares: bool
 ) -> None:
     """On the host no step computes a row that has ended: tokens after the first are forwards of one row each."""
     rows = 0
@@ -175,7 +184,7 @@ def test_every_row_that_is_decoded_is_one_that_counts(
 
     monkeypatch.setattr(inner, "__call__", spied)
     found = sample(model, trunk=trunk, on_host=True)
-    probe = 3 + 3  # of shares_ragged_prompts and cache_for
+    probe = 3 + 3 * shares  # of shares_ragged_prompts and cache_for
     assert rows - probe == sum(len(c.ids) - 1 for c in found)
 
 
@@ -267,7 +276,7 @@ def test_the_columns_of_a_long_prompt_are_given_back_when_it_has_left() -> None:
 
 
 def test_caches_grow_in_steps_and_are_written_in_place(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, shares: bool
 ) -> None:
     widths: list[int] = []
     fetch = GroupCache.update_and_fetch
@@ -279,7 +288,8 @@ def test_caches_grow_in_steps_and_are_written_in_place(
 
     monkeypatch.setattr(GroupCache, "update_and_fetch", spied)
     free = sample(model, [[1, 2, 3]], [0, 0], length=150, ends=frozenset())
-    assert sorted(set(widths)) == [64, 128, 192]  # the prompt's columns are shared, and somewhere else
+    prompt = 0 if shares else 3  # its columns are somewhere else
+    assert sorted(set(widths)) == [prompt + 64, prompt + 128, prompt + 192]
     monkeypatch.setattr(prefix_cache, "_GROWTH", 1)
     assert_equal(sample(model, [[1, 2, 3]], [0, 0], length=150, ends=frozenset()), free)
 

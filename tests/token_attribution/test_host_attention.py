@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from models.prefix_cache import Columns, GroupCache, SharedCache, cache_for
 from models.sft_model import share_weights
@@ -143,9 +144,17 @@ def test_decoding_shares_prompts_where_attention_is_what_we_think(
     """gemma2 multiplies keys and queries by itself, and does not ask for the past."""
     model = architecture(name)
     trunk = find_trunk(model)
-    assert cache_for(model, trunk, {mx.float32}) is (GroupCache if name == "gemma2" else SharedCache)
-    assert cache_for(model, trunk, {mx.bfloat16}) is GroupCache
-    assert cache_for(model, None, {mx.float32}) is GroupCache
+    prompts = make_prompt_cache(model)
+    model(mx.array([[1, 2, 3]]), cache=prompts)
+    keys, values = prompts[0].keys_and_values()
+    enough = -(-(1 << 18) // (keys.shape[1] * keys.shape[3] + values.shape[1] * values.shape[3]))
+    assert cache_for(model, trunk, prompts, enough) is (GroupCache if name == "gemma2" else SharedCache)
+    assert cache_for(model, trunk, prompts, enough - 1) is GroupCache
+    assert cache_for(model, None, prompts, enough) is GroupCache
+    assert cache_for(model, trunk, [], enough) is GroupCache
+    for cache in prompts:
+        cache.keys, cache.values = (x.astype(mx.bfloat16) for x in (cache.keys, cache.values))
+    assert cache_for(model, trunk, prompts, enough) is GroupCache
 
 
 @on_host
