@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import base as models_base
 
+from token_attribution import host_math
 from token_attribution.host_math import in_blocks, view
 
 own_attention = mx.fast.scaled_dot_product_attention
@@ -35,9 +36,10 @@ def attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """``mx.fast.scaled_dot_product_attention``: (B, H, L, D), (B, H', S, D), (B, H', S, E) -> (B, H, L, E)."""
-    if sinks is not None or _of_its_own_kind(mask) or queries.dtype != mx.float32 or keys.dtype != mx.float32:
-        return own_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     b, heads, n, _ = queries.shape
+    plain = sinks is None and not _of_its_own_kind(mask) and queries.dtype == keys.dtype == mx.float32
+    if not plain or b * heads * n * keys.shape[2] < host_math.FEW:
+        return own_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     folded = _folded(queries * scale, keys.shape[1])
     scores = folded @ keys.swapaxes(-1, -2)  # (b, H', r, S)
     blocks = Blocks(np.arange(b).repeat(heads), np.tile(np.arange(heads), b))

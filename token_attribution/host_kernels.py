@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import activations
 
+from token_attribution import host_math
 from token_attribution.host_attention import (
     attention,
     attention_with_cache,
@@ -97,12 +98,13 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 def silu(x: mx.array) -> mx.array:
     """``x σ(x)``."""
-    return _gated(x, None) if x.dtype == mx.float32 else _own_silu(x)
+    return _gated(x, None) if x.dtype == mx.float32 and x.size >= host_math.FEW else _own_silu(x)
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """``gate σ(gate) x``."""
-    if gate.dtype != mx.float32 or x.dtype != mx.float32 or gate.shape != x.shape:
+    plain = gate.dtype == x.dtype == mx.float32 and gate.shape == x.shape
+    if not plain or x.size < host_math.FEW:
         return _own_swiglu(gate, x)
     return _gated(gate, x)
 

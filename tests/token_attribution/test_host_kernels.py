@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import activations, llama
 
-from token_attribution import host_attention, host_math
+from token_attribution import host_attention, host_kernels, host_math
 from token_attribution.host_kernels import attention, fast_kernels, silu, swiglu
 
 on_host = pytest.mark.skipif(not host_math.usable(), reason="MLX does not compute on the CPU, or it compiles")
@@ -407,3 +407,31 @@ def test_where_mlx_compiles_or_computes_on_a_gpu_nothing_is_replaced(
         assert installed() == OWN
         assert llama.swiglu is OWN[2]
     assert installed() == OWN
+
+
+@on_host
+@pytest.mark.parametrize("name", ["attention", "silu", "swiglu"])
+def test_what_is_soon_computed_is_not_stopped_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Scores of 2 heads, 4 queries and 8 columns are 64, a gate of 8 × 8 too: below 65 they are MLX's own."""
+    q, k = single(draw(1, 2, 4, 8, seed=1)), single(draw(1, 2, 8, 8, seed=2))
+    gate = single(draw(8, 8, seed=3))
+    call: Callable[[], mx.array] = {
+        "attention": lambda: attention(q, k, k, scale=0.5),
+        "silu": lambda: silu(gate),
+        "swiglu": lambda: swiglu(gate, gate),
+    }[name]
+    stops: list[str] = []
+
+    def counted(x: mx.array) -> np.ndarray:
+        stops.append(name)
+        return host_math.view(x)
+
+    monkeypatch.setattr(host_attention, "view", counted)
+    monkeypatch.setattr(host_kernels, "view", counted)
+    monkeypatch.setattr(host_math, "FEW", 64)
+    on_host_too = np.array(call())
+    assert stops
+    stops.clear()
+    monkeypatch.setattr(host_math, "FEW", 65)
+    np.testing.assert_allclose(np.array(call()), on_host_too, atol=1e-6)
+    assert not stops
