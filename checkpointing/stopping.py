@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -58,7 +59,5 @@ class StopRequest:
         os.write(
             2, f"\n{name}: the run saves and ends after this update; once more ends it at once\n".encode()
         )
-        try:
+        with contextlib.suppress(OSError):  # a full disk is no reason not to stop
             self.file.touch()  # seen by other processes of the run
-        except OSError:  # a full disk is no reason not to stop
-            pass

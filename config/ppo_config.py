@@ -318,7 +318,7 @@ class PPOConfig(TrainingConfig):
     save_every: NonNegativeInt = option(
         section="checkpoints",
         default=100,
-        meaning="Steps between checkpoints, from which a run goes on exactly; one more is written at the end. 0 = none.",
+        meaning="Steps between checkpoints, from which a run goes on exactly, and one at its end; 0 = none.",
     )
     keep_last_n: PositiveInt = option(default=3, meaning="The newest checkpoints that are kept.")
     keep_best: bool = option(

@@ -69,8 +69,8 @@ class JsonLines:
         there = self.size
         if there < size:
             raise CheckpointError(
-                f"{self.path}: {there} bytes are there and {size} were when the checkpoint was made; put the file back, "
-                "or go on in another output_dir"
+                f"{self.path}: {there} bytes are there and {size} were when the checkpoint was made; put the file "
+                "back, or go on in another output_dir"
             )
         try:
             if there > size:

@@ -47,8 +47,8 @@ from models.sft_model import (
     vocabulary_size,
 )
 from models.value_model import ValueModel
-from monitoring.recorder import RunRecorder
 from monitoring.guards import RunGuards
+from monitoring.recorder import RunRecorder
 from monitoring.run_folder import default_folder, prepare_folder, refuse_used, set_aside, write_json
 from monitoring.run_lock import RunLock
 from ppo_trainer.algorithms import Algorithm, find_algorithm

@@ -75,8 +75,8 @@ def find_resume(which: str | Path, run_folder: Path | None, *, fallback: bool) -
     saved = CheckpointStore(path).newest(fallback=fallback)
     if saved is None:
         raise CheckpointError(
-            f'resume: "{path}" holds no complete checkpoint; give a run folder with one (save_every), or start a new run '
-            f"from weights with adapter_path"
+            f'resume: "{path}" holds no complete checkpoint; give a run folder with one (save_every), or start a '
+            "new run from weights with adapter_path"
         )
     return saved
 
@@ -97,8 +97,8 @@ def check_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     fixed = [name for name in differing if name in FIXED]
     if fixed:
         raise InvalidConfigurationError(
-            f"{', '.join(fixed)}: {_change(fixed[0], saved, now)}, and what the checkpoint holds does not fit; give what "
-            "it was made with, or start a new run from its weights (adapter_path)"
+            f"{', '.join(fixed)}: {_change(fixed[0], saved, now)}, and what the checkpoint holds does not fit; give "
+            "what it was made with, or start a new run from its weights (adapter_path)"
         )
     return [_change(name, saved, now) for name in differing]
 
