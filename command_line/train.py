@@ -126,7 +126,7 @@ def _train(config: PPOConfig, data: DataSplits) -> int:
             result = trainer.train(data.train, callbacks=[StepProgress(progress)])
     else:
         result = trainer.train(data.train)
-    if result["stopped"]:
+    if "stopped" in result:
         return 0  # it has said where it is saved
     if data.validation is not None:
         say(_judged("after", trainer.evaluate(data.validation)))

@@ -55,8 +55,8 @@ class RunGuards:
             return None
         return (
             f"the policy's entropy is {entropy:.3g} nats per token and was {self._first_entropy:.3g} at first: it "
-            'writes nearly the same answer every time and has little left to learn from (docs/troubleshooting.md, "Entropy '
-            'collapse")'
+            "writes nearly the same answer every time and has little left to learn from (docs/troubleshooting.md, "
+            '"Entropy collapse")'
         )
 
 

@@ -212,8 +212,9 @@ class PPOTrainer:
                 folder; or one checkpoint. None = as config says.
         Returns:
             The last epoch's metrics (``avg_reward`` among them), ``history`` with one entry per epoch,
-            ``run_folder``, where metrics, samples, config and the trained weights are, and ``stopped``: None, or why
-            the run ended early (``sigint``, ``sigterm``, ``request``) with its state in ``checkpoint``.
+            and ``run_folder``, where metrics, samples, config and the trained weights are. Of a run that was ended by
+            Ctrl-C, SIGTERM or a request also ``stopped`` (``sigint``, ``sigterm``, ``request``) and ``checkpoint``,
+            where it can go on.
         Raises:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
