@@ -190,7 +190,7 @@ def load(cls: type[Any], options: argparse.Namespace) -> Loaded:
     """
     if getattr(options, "resume", None) is not None:
         raise InvalidConfigurationError(
-            "--resume: a run cannot be continued yet; what there is: its weights are in RUN/final, or in "
+            "--resume: this stage cannot be continued yet; what there is: its weights are in RUN/final, or in "
             "RUN/interrupted if it was stopped, and --adapter-path starts a new run from either"
         )
     level = getattr(logging, getattr(options, "log_level", "INFO"))

@@ -98,11 +98,18 @@ def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig
     """
     from command_line.checks import check_model, check_output, digit_rows, read_rows
     from ppo_trainer.reference import check_reference_path
+    from ppo_trainer.resuming import find_resume
     from ppo_trainer.reward_sources import build_rewards
 
     config, _ = resolved(loaded)
     check_model(config)
     check_reference_path(config)
+    if config.resume is not None:
+        find_resume(
+            config.resume,
+            Path(config.output_dir).expanduser() if config.output_dir else None,
+            fallback=config.resume_fallback,
+        )
     check_output(config.output_dir, goes_on=config.resume is not None)
     rewards = build_rewards(config.rewards or "well_formed", config)
     if own_prompts and not (config.train_path or config.dataset_name) and "digits" in str(config.rewards):

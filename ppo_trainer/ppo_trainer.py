@@ -269,7 +269,6 @@ class PPOTrainer:
             **progress.so_far(),
             "history": progress.history,
             "run_folder": str(folder),
-            "stopped": None,
         }
         told("on_train_end", result)
         return result

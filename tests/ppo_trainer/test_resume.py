@@ -28,6 +28,12 @@ def letters(completions, **columns):
     return [len(set(text)) / 10 for text in completions]
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here pulls a plug; tests/checkpointing does."""
+    monkeypatch.setattr("checkpointing.store.flush_to_disk", lambda path: None)
+
+
 @pytest.fixture
 def trainer(make_config, tmp_path: Path):
     def make(name: str = "run", **options: Any) -> PPOTrainer:
@@ -117,7 +123,13 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+FAST = ("ppo", "lagging quantised sampler", "8-bit moments, schedule")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, id=n, marks=[] if n in FAST else [pytest.mark.slow]) for n, o in VARIANTS.items()],
+)
 def test_what_follows_a_resume_is_what_followed_without(trainer, tmp_path: Path, options) -> None:
     straight = trainer(**options)
     straight.train(PROMPTS)
@@ -172,7 +184,7 @@ def test_a_finished_run_that_is_resumed_is_still_the_same(trainer, tmp_path: Pat
 
 def test_a_used_folder_is_refused_unless_it_is_resumed(trainer) -> None:
     trainer(num_steps=1).train(PROMPTS)
-    with pytest.raises(CheckpointError, match="already holds a run.*--resume"):
+    with pytest.raises(CheckpointError, match=r"already holds a run.*--resume"):
         trainer(num_steps=1).train(PROMPTS)
 
 
