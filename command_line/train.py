@@ -105,11 +105,8 @@ def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig
     check_model(config)
     check_reference_path(config)
     if config.resume is not None:
-        find_resume(
-            config.resume,
-            Path(config.output_dir).expanduser() if config.output_dir else None,
-            fallback=config.resume_fallback,
-        )
+        output = Path(config.output_dir).expanduser() if config.output_dir else None
+        find_resume(config.resume, output, fallback=config.resume_fallback)
     check_output(config.output_dir, goes_on=config.resume is not None)
     rewards = build_rewards(config.rewards or "well_formed", config)
     if own_prompts and not (config.train_path or config.dataset_name) and "digits" in str(config.rewards):

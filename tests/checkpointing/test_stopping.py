@@ -138,3 +138,17 @@ def test_a_run_saves_says_where_and_ends_with_0(
         line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "kind" not in line
     ]
     assert len(steps) == newest.update + 1
+
+
+def test_a_signal_during_a_save_waits_for_it(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("first")
+        os.kill(os.getpid(), signal.SIGTERM)
+        (folder / "b").write_text("second")
+
+    with StopRequest(tmp_path) as stop:
+        CheckpointStore(tmp_path).save("periodic", 1, fill)
+        assert stop.reason == "sigterm"
+    newest = CheckpointStore(tmp_path).newest()
+    assert newest is not None
+    assert set(newest.files) == {"a", "b"}
