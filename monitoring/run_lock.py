@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 from pathlib import Path
 
 from config.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # no such lock on Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = "run.lock"
 
@@ -34,8 +30,6 @@ class RunLock:
         Raises:
             CheckpointError: another process, or another trainer of this one, has it; naming which.
         """
-        if fcntl is None:
-            return
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,7 +52,7 @@ class RunLock:
 
 def is_running(folder: Path) -> bool:
     """Whether a live process holds the lock of this run folder."""
-    if fcntl is None or not (folder / LOCK).is_file():
+    if not (folder / LOCK).is_file():
         return False
     descriptor = os.open(folder / LOCK, os.O_RDONLY)
     try:

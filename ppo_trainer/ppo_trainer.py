@@ -692,7 +692,10 @@ class PPOTrainer:
             self.save_model(folder)
         except (ToolkitError, OSError) as error:
             return f"What was learned could not be saved either: {error}"
-        return f"What was learned so far is in {folder} (after step {self.learned_steps})."
+        saved = f"What was learned so far is in {folder} (after step {self.learned_steps})."
+        if self._saved_at:
+            saved += f" With --resume {folder.parent} the run goes on after step {self._saved_at}."
+        return saved
 
 
 #: The trainer's own counters, which a checkpoint keeps.

@@ -14,10 +14,11 @@ def random_state() -> dict[str, Any]:
     """The three states, ready for JSON."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: Any = mx.random.state
     return {
         "python": [version, list(words), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "mlx": [int(word) for word in np.array(mx.random.state[0])],
+        "mlx": [int(word) for word in np.array(state[0])],
     }
 
 

@@ -46,6 +46,8 @@ def test_the_documented_yaml_of_mlx_rl_trainer_loads_as_it_is() -> None:
         "surrogate": "unclipped",
         "output_dir": "./outputs/full_finetune_run_01",
         "num_steps": 2500,
+        "save_every": 500,
+        "keep_last_n": 3,
         "learning_rate": 1e-5,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
@@ -281,6 +283,7 @@ def test_the_toml_fields_of_mlx_grpo(tmp_path: Path, head: str) -> None:
         "lr_schedule": "linear",
         "seed": 3,
         "quantize_for_rollouts": False,
+        "save_every": 100,
     }
     assert not any(note.startswith("WARNING") for note in loaded.notes)
     # Every field of the file is ours now, or in a note.
