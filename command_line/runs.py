@@ -45,5 +45,5 @@ RUNS = Command(
     "the runs in a folder: how far, and what each can go on from",
     _options,
     run,
-    ["runs list"],
+    ["runs list", "runs list ."],
 )
