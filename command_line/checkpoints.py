@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from base_setup.lora_setup import DESCRIPTION, WEIGHTS, read_description
+from checkpointing.store import CheckpointStore
 from config.errors import CheckpointError
 from config.ppo_config import PPOConfig
 
@@ -21,7 +22,9 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(name: str) -> Checkpoint:
-    """The newest weights in ``name``: of a run ``final``, else ``interrupted``, else ``model``; or ``name`` itself.
+    """The newest weights in ``name``, or ``name`` itself.
+
+    Of a run ``final``, else ``interrupted``, else its newest checkpoint, else ``model``.
 
     Raises:
         CheckpointError: there are none.
@@ -34,17 +37,20 @@ def find_checkpoint(name: str) -> Checkpoint:
     for part in (folder / "final", folder / "interrupted", folder):
         if (part / WEIGHTS).is_file() and (part / DESCRIPTION).is_file():
             read_description(part)
-            return Checkpoint(part, True, *_written_down(part / "ppo_config.json", folder / "config.json"))
+            return Checkpoint(part, True, *written_down(part / "ppo_config.json", folder / "config.json"))
+    if stored := CheckpointStore(folder).complete():
+        path = stored[-1].path
+        return Checkpoint(path, True, *written_down(path / "ppo_config.json", folder / "config.json"))
     for part in (folder / "model", folder):
         if any(part.glob("*.safetensors")) and (part / "config.json").is_file():
-            return Checkpoint(part, False, *_written_down(folder / "config.json"))
+            return Checkpoint(part, False, *written_down(folder / "config.json"))
     raise CheckpointError(
         f'--checkpoint: "{name}" holds neither a run (final/{WEIGHTS}), nor an adapter ({WEIGHTS}), nor a model '
         "(config.json and *.safetensors); give a folder that does"
     )
 
 
-def _written_down(*paths: Path) -> tuple[dict[str, Any], dict[str, float]]:
+def written_down(*paths: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """Config and rewards of the first of these files that a run of ours wrote."""
     for path in paths:
         try:

@@ -22,6 +22,7 @@ from data_loading.prepared_prompts import PreparedPrompts
 from data_loading.schemas import Kind
 from examples.digits_data import DIFFERENT_PROMPTS, digit_prompts
 from models.sft_model import EMBEDDED, build_embedded, existing_model
+from monitoring.run_folder import refuse_used
 from training.supervised import place_of
 
 #: Rows of a large file whose tokens are counted before a run; a dry run, and a smaller file, counts them all.
@@ -71,14 +72,11 @@ def load_tokenizer(config: TrainingConfig) -> Any:
         ) from error
 
 
-def check_output(folder: str | None) -> None:
-    """Refuse, without making it, a run folder that cannot be made or is taken."""
+def check_output(folder: str | None, *, goes_on: bool = False) -> None:
+    """Refuse, without making it, a run folder that cannot be made or is taken (``goes_on``: by a run to continue)."""
     path = Path(folder or "runs").expanduser()
-    if (path / "metrics.jsonl").exists():
-        raise CheckpointError(
-            f'output_dir: "{path}" already holds a run (metrics.jsonl), and a second one would mix with it; choose '
-            "another folder or remove it"
-        )
+    if not goes_on:
+        refuse_used(path)
     above = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     try:
         with tempfile.TemporaryFile(dir=above):

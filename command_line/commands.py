@@ -10,6 +10,7 @@ from command_line.generate_config import GENERATE_CONFIG
 from command_line.parsing import Command
 from command_line.preprocess import PREPROCESS
 from command_line.rewards import REWARDS
+from command_line.runs import RUNS
 from command_line.supervised import REWARD_MODEL, SFT
 from command_line.train import TRAIN
 from config.declaration import nearest
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Command] = {
         SFT,
         REWARD_MODEL,
         TRAIN,
+        RUNS,
         EVALUATE,
         EXPLAIN,
         REWARDS,

@@ -121,13 +121,16 @@ def _add_theirs(group: Any, options: list[str], name: str, meaning: str, kind: d
     group.add_argument(*options, dest=name.replace("-", "_"), default=argparse.SUPPRESS, help=text, **kind)
 
 
-def add_run_options(parser: Parser) -> None:
-    """What every command that trains takes besides its config."""
+def add_run_options(parser: Parser, *, resumes: bool = False) -> None:
+    """What every command that trains takes besides its config; ``resumes``: that has a ``resume`` of its own."""
     run = parser.add_argument_group("run")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
     run.add_argument("--explain", action="store_true", help="print every setting and where it came from")
     add_log_level(run)
-    run.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="not there yet: says what is")
+    if not resumes:
+        run.add_argument(
+            "--resume", nargs="?", const="", metavar="FOLDER", help="not there yet: says what is"
+        )
 
 
 def add_log_level(parser: Any) -> None:
@@ -158,6 +161,8 @@ def _add_field(group: Any, field: Option) -> None:
     if field.is_switch:
         names.append("--no-" + names[0][2:])
         kind = {"action": _Switch, "nargs": 0}
+    if field.name == "resume":  # alone it is the newest in output_dir
+        kind |= {"nargs": "?", "const": "latest", "metavar": "PATH"}
     group.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=_help(field), **kind)
 
 
@@ -185,7 +190,7 @@ def load(cls: type[Any], options: argparse.Namespace) -> Loaded:
     """
     if getattr(options, "resume", None) is not None:
         raise InvalidConfigurationError(
-            "--resume: a run cannot be continued yet; what there is: its weights are in RUN/final, or in "
+            "--resume: this stage cannot be continued yet; what there is: its weights are in RUN/final, or in "
             "RUN/interrupted if it was stopped, and --adapter-path starts a new run from either"
         )
     level = getattr(logging, getattr(options, "log_level", "INFO"))

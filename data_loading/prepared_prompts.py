@@ -6,6 +6,8 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 
 # isort: split
 
+import hashlib
+import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -122,6 +124,7 @@ class PreparedPrompts(Sequence[Prompt]):
         self._tokenizer, self._rows = tokenizer, prompts
         self.fitting = Fitting(max_prompt_length, overflow, on_bad_row)
         self._kept: dict[int, Prompt] | None = None if isinstance(prompts, (Rows, TokenRows)) else {}
+        self._digest = hashlib.sha256()
         self._indices = np.flatnonzero(self._usable())
         if not len(self._indices):
             raise DataLoadError(f"prompts: none of {len(prompts)} can be used: {self.fitting}")
@@ -130,11 +133,14 @@ class PreparedPrompts(Sequence[Prompt]):
         """(N,) bool; every prompt is encoded, and so checked, unless its tokens are known."""
         if isinstance(self._rows, TokenRows):
             self._rows.check_tokenizer(fingerprint(self._tokenizer), len(self._tokenizer))
+            self._digest.update(np.ascontiguousarray(self._rows.prompt_lengths).tobytes())
             return self.fitting.known(self._rows.prompt_lengths, self._rows.place)
         usable = np.zeros(len(self._rows), dtype=bool)
         for index, row in enumerate(self._rows):
             prompt = self.fitting.encode(self._tokenizer, index, row, self._place(index))
             usable[index] = prompt is not None
+            if prompt is not None:
+                self._digest.update(_identity(prompt))
             if self._kept is not None and prompt is not None:
                 self._kept[index] = prompt
         return usable
@@ -144,6 +150,11 @@ class PreparedPrompts(Sequence[Prompt]):
 
     def _encode(self, index: int, row: Any) -> Prompt:
         return self.fitting.shortened(prepare_prompt(self._tokenizer, index, row, self._place(index)))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the prompts, in order, with their columns; of rows that are tokens already, their lengths."""
+        return self._digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -173,6 +184,11 @@ class PreparedPrompts(Sequence[Prompt]):
         with closing(prefetched(read, parts, depth)) as batches:
             for rows in batches:
                 yield [self._encode(index, row) for index, row in rows]
+
+
+def _identity(prompt: Prompt) -> bytes:
+    columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
+    return f"{prompt.index} {prompt.ids} {columns}\n".encode("utf-8", errors="backslashreplace")
 
 
 class Reordered(Sequence[Item]):

@@ -48,9 +48,13 @@ class RolloutPolicy:
 
     def before_rollouts(self, step: int) -> None:
         """Synchronise if it is time to: at steps 1, 1 + ``sync_every``, 1 + 2 ``sync_every`` …"""
-        if not self.is_current and (step - 1) % self.sync_every == 0:
+        if not self.is_current and self.synchronises_before(step):
             self.sync()
             self.synced_at = step
+
+    def synchronises_before(self, step: int) -> bool:
+        """Whether what samples at ``step`` is the policy as it is then, so that nothing older needs to be kept."""
+        return self.is_current or (step - 1) % self.sync_every == 0
 
     def sync(self) -> None:
         """Make the copy the policy as it is now. The policy stays what it was, bit for bit."""

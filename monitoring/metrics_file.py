@@ -15,11 +15,12 @@ import json
 import logging
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from config.errors import DataLoadError
+from config.errors import CheckpointError, DataLoadError
 
 LONGEST_STRING = 200
 logger = logging.getLogger(__name__)
@@ -53,6 +54,30 @@ class JsonLines:
                     "%s cannot be written (%s); training goes on without those lines.", self.path, error
                 )
             self._warned = True
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def cut_to(self, size: int) -> None:
+        """Take away what was written after the file had ``size`` bytes: a run that goes on from there repeats it.
+
+        Raises:
+            CheckpointError: the file is shorter, or cannot be written.
+        """
+        there = self.size
+        if there < size:
+            raise CheckpointError(
+                f"{self.path}: {there} bytes are there and {size} were when the checkpoint was made; put the file "
+                "back, or go on in another output_dir"
+            )
+        try:
+            if there > size:
+                os.truncate(self.path, size)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: could not be cut ({error.strerror or error})") from error
+        self._torn = _ends_without_newline(self.path)
 
 
 class MetricsFile(JsonLines):

@@ -28,6 +28,25 @@ class RunRecorder:
         self.samples = SamplesFile(self.folder / "samples.jsonl")
         self._step = 0
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file so far: where a run that is resumed goes on writing."""
+        return {file.path.name: file.size for file in (self.metrics, self.samples)}
+
+    def go_on_from(self, step: int, sizes: Mapping[str, int], folder: Path) -> None:
+        """Make the files what they were at :meth:`sizes`, so that no line is missing and none is there twice.
+
+        Args:
+            folder: where the run was; from another one the lines so far are copied.
+        """
+        self._step = step
+        for file in (self.metrics, self.samples):
+            size, before = sizes[file.path.name], folder / file.path.name
+            if folder.resolve() == self.folder.resolve():
+                file.cut_to(size)
+            elif before.is_file():
+                with open(before, "rb") as lines:
+                    file.path.write_bytes(lines.read(size))
+
     def on_train_begin(self, trainer: Any) -> None:
         """Nothing to prepare: the files are made, or continued, with their first line."""
 

@@ -11,19 +11,44 @@ from typing import Any
 from config.errors import CheckpointError
 
 
-def prepare_folder(name: str | Path) -> Path:
+def prepare_folder(name: str | Path, *, goes_on: bool = False) -> Path:
     """Make the run folder ``output_dir``, or say why it cannot be used.
 
+    Args:
+        goes_on: a run in it is to be continued, or may be.
     Raises:
         CheckpointError: it cannot be written to, or another run is in it.
     """
     folder = writable_folder(name, "output_dir")
+    if not goes_on:
+        refuse_used(folder)
+    return folder
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder with a run in it.
+
+    Raises:
+        CheckpointError: naming it.
+    """
     if (folder / "metrics.jsonl").exists():
         raise CheckpointError(
-            f'output_dir: "{folder}" already holds a run (metrics.jsonl), and a second one would mix with it; '
-            "choose another folder or remove it"
+            f'output_dir: "{folder}" already holds a run (metrics.jsonl), and a second one would mix with it; go on '
+            "with that one (--resume, resume = latest), choose another folder, or remove it"
         )
-    return folder
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Rename the lines of a run that never got to a checkpoint, so that another may begin; where they are now."""
+    moved = []
+    for name in ("metrics", "samples"):
+        path, number = folder / f"{name}.jsonl", 1
+        while (target := folder / f"{name}.abandoned-{number}.jsonl").exists():
+            number += 1
+        if path.exists():
+            path.rename(target)
+            moved.append(target)
+    return moved
 
 
 def writable_folder(name: str | Path, option: str) -> Path:

@@ -25,7 +25,10 @@ from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config, within_memory
 from base_setup.parameters import count_parameters
 from base_setup.tokenizer_setup import check_vocabulary
+from checkpointing.stopping import StopRequest
+from checkpointing.store import CheckpointStore, Saved
 from config.errors import (
+    CheckpointError,
     InvalidConfigurationError,
     RewardError,
     ToolkitError,
@@ -44,8 +47,10 @@ from models.sft_model import (
     vocabulary_size,
 )
 from models.value_model import ValueModel
+from monitoring.guards import RunGuards
 from monitoring.recorder import RunRecorder
-from monitoring.run_folder import default_folder, prepare_folder, write_json
+from monitoring.run_folder import default_folder, prepare_folder, refuse_used, set_aside, write_json
+from monitoring.run_lock import RunLock
 from ppo_trainer.algorithms import Algorithm, find_algorithm
 from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
 from ppo_trainer.credit import from_critic
@@ -54,9 +59,12 @@ from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
 from ppo_trainer.experience_maker import ExperienceMaker
 from ppo_trainer.generator import Generator
 from ppo_trainer.group_scorer import GroupScorer
+from ppo_trainer.progress import Progress
 from ppo_trainer.reference import build_reference, check_reference_path, describe_reference
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
+from ppo_trainer.resuming import LATEST, check_changes, find_resume, run_folder_of
 from ppo_trainer.reward_sources import build_rewards
+from ppo_trainer.run_state import RunState, config_of, plain_config, read_state
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
 from rewards.scored_batch import ScoredBatch
@@ -126,7 +134,11 @@ class PPOTrainer:
         given = model is not None or policy is not None
         if config.max_memory_gb is not None and not given and Path(config.model_name).expanduser().is_dir():
             within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
-        self.run_folder = prepare_folder(config.output_dir) if config.output_dir else None
+        self.run_folder: Path | None = None
+        if config.output_dir:
+            # With checkpoints in it, train(resume=True) may be meant; if it is not, train() refuses.
+            stored = CheckpointStore(Path(config.output_dir).expanduser()).complete()
+            self.run_folder = prepare_folder(config.output_dir, goes_on=bool(config.resume or stored))
 
         backend.seed_everything(config.seed)
         base = policy.base if policy is not None else model or load_language_model(config)
@@ -173,11 +185,18 @@ class PPOTrainer:
         self.epochs = 0  # passes over prompts so far
         self._reserve: Sequence[Prompt] = []  # all prompts of the run, for dynamic sampling
         self._recorder: RunRecorder | None = None
+        self._state: RunState | None = None
+        self._saved_at = 0  # the step of the newest checkpoint
 
     # -- The loop -------------------------------------------------------------------------------------
 
     def train(
-        self, prompts: Sequence[Any], num_epochs: int | None = None, callbacks: Iterable[Callback] = ()
+        self,
+        prompts: Sequence[Any],
+        num_epochs: int | None = None,
+        callbacks: Iterable[Callback] = (),
+        *,
+        resume: bool | str | Path | None = None,
     ) -> dict[str, Any]:
         """Train on ``prompts`` for ``num_epochs`` passes; None = as config says, in passes or in steps.
 
@@ -189,37 +208,80 @@ class PPOTrainer:
                 reward as keyword lists.
             callbacks: functions ``f(epoch, metrics)`` called after each epoch, or objects with any of the
                 moments of ``ppo_trainer/callbacks.py``. One that returns False stops the run.
+            resume: go on from a checkpoint as if nothing had happened: True, the newest in ``output_dir``; a run
+                folder; or one checkpoint. None = as config says.
         Returns:
-            The last epoch's metrics (``avg_reward`` among them), ``history`` with one entry per epoch, and
-            ``run_folder``, where metrics, samples, config and the trained weights are.
+            The last epoch's metrics (``avg_reward`` among them), ``history`` with one entry per epoch,
+            and ``run_folder``, where metrics, samples, config and the trained weights are. Of a run that was ended by
+            Ctrl-C, SIGTERM or a request also ``stopped`` (``sigint``, ``sigterm``, ``request``) and ``checkpoint``,
+            where it can go on.
         Raises:
             ToolkitError: one sentence. Whatever had been learned is then in ``run_folder``/interrupted.
         """
         prepared = self._reserve = self._prepare(prompts)
         num_epochs, num_steps = self._planned(num_epochs, -(-len(prepared) // self.config.batch_size))
-        folder = self._open_run()
-        recorder = self._recorder or RunRecorder(
-            folder, self.config.log_samples_every, self.config.max_logged_samples
+        saved = self._find_checkpoint(resume)
+        folder = self._make_run_folder(saved)
+        lock = RunLock(folder)
+        lock.acquire()
+        try:
+            with StopRequest(folder) as stop:
+                told = self._open_run(folder, saved, [*self._printer(num_epochs), *callbacks])
+                self._updater = self._build_updater(num_steps)
+                self._state = self._run_state(prepared)
+                progress = self._go_on_from(saved) if saved is not None else Progress(self.step)
+                with self._keeping_what_was_earned(folder):
+                    told("on_train_begin", self)
+                    return self._run(prepared, num_epochs, num_steps, progress, told, stop)
+        finally:
+            lock.release()
+
+    def _run(
+        self,
+        prepared: PreparedPrompts,
+        num_epochs: int,
+        num_steps: int,
+        progress: Progress,
+        told: Callbacks,
+        stop: StopRequest,
+    ) -> dict[str, Any]:
+        """The epochs that are left, from wherever ``progress`` stands."""
+        last = progress.started + num_steps
+        while progress.epoch < num_epochs:
+            with closing(self._batches(prepared, told, progress.batches)) as batches:
+                for batch in islice(batches, last - self.step):
+                    progress.add(self._train_step(batch, progress.epoch, told))
+                    if self.step == last:
+                        break  # the last one's checkpoint is made when all is told
+                    if stop.reason is not None:
+                        return self._stopped(stop.reason, progress, told)
+                    if self.config.save_every and self.step % self.config.save_every == 0:
+                        self._save_on_the_way(progress)
+            epoch, metrics = progress.epoch, progress.end_epoch()
+            told("on_epoch_end", epoch, metrics)
+            if told.stop_requested:
+                break
+        folder = self._folder
+        self.save_model(folder / "final")
+        if self.config.save_every and self.step > self._saved_at:
+            self.save_checkpoint("final", progress)
+        result = {
+            **progress.so_far(),
+            "history": progress.history,
+            "run_folder": str(folder),
+        }
+        told("on_train_end", result)
+        return result
+
+    def _stopped(self, reason: str, progress: Progress, told: Callbacks) -> dict[str, Any]:
+        """Save where the run stands, say where, and end it."""
+        path = self.save_checkpoint(reason, progress).path
+        print(
+            f"stopped after step {self.step} ({reason}); saved in {path}\ngo on from there: --resume {self._folder}"
         )
-        self._recorder = recorder
-        printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
-        told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
-        self._updater = self._build_updater(num_steps)
-        history: list[dict[str, Any]] = []
-        started = self.step
-        with self._keeping_what_was_earned(folder):
-            told("on_train_begin", self)
-            for epoch in range(num_epochs):
-                with closing(self._batches(prepared, told)) as batches:
-                    left = islice(batches, num_steps - self.step + started)
-                    steps = [self._train_step(batch, epoch, told) for batch in left]
-                history.append(_epoch_metrics(epoch, steps))
-                told("on_epoch_end", epoch, history[-1])
-                if told.stop_requested:
-                    break
-            self.save_model(folder / "final")
-            result = {**history[-1], "history": history, "run_folder": str(folder)}
-            told("on_train_end", result)
+        result = {**progress.so_far(), "history": progress.history, "run_folder": str(self._folder)}
+        result |= {"stopped": reason, "checkpoint": str(path)}
+        told("on_train_end", result)
         return result
 
     def _planned(self, num_epochs: int | None, batches: int) -> tuple[int, int]:
@@ -420,14 +482,21 @@ class PPOTrainer:
             print(prepared.fitting)  # what was cut or left out is never silent, whatever verbose says
         return prepared
 
-    def _batches(self, prompts: PreparedPrompts, told: Callbacks) -> Iteration[list[Prompt], None, None]:
-        """The epoch's batches: every prompt once, in an order drawn from (seed, epochs so far)."""
-        generator = np.random.default_rng([self.config.seed, self.epochs])
+    def _batches(
+        self, prompts: PreparedPrompts, told: Callbacks, taken: int = 0
+    ) -> Iteration[list[Prompt], None, None]:
+        """The epoch's batches: every prompt once, in an order drawn from (seed, epochs before).
+
+        ``taken``: batches of this epoch that have been learned from already, before a checkpoint.
+        """
+        if taken == 0:
+            self.epochs += 1
+        generator = np.random.default_rng([self.config.seed, self.epochs - 1])
         order = generator.permutation(len(prompts)) if self.config.shuffle_data else np.arange(len(prompts))
-        self.epochs += 1
-        batches = prompts.batches(order.tolist(), self.config.batch_size, self.config.prefetch_batches)
+        left = order[taken * self.config.batch_size :].tolist()
+        batches = prompts.batches(left, self.config.batch_size, self.config.prefetch_batches)
         with closing(batches):  # and with it the thread that reads ahead
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(batches, start=taken):
                 if told.stop_requested and number > 0:
                     return
                 yield batch
@@ -462,13 +531,131 @@ class PPOTrainer:
             total_steps=batches * updates_per_batch(self.config),
         )
 
+    # -- Checkpoints ----------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The checkpoints of this run."""
+        config = self.config
+        return CheckpointStore(
+            self._folder,
+            keep_last_n=config.keep_last_n,
+            keep_best=config.keep_best,
+            min_free_gb=config.min_free_gb,
+        )
+
+    def save_checkpoint(self, reason: str, progress: Progress) -> Saved:
+        """Write everything that the rest of the run depends on; see ``ppo_trainer/run_state.py``.
+
+        Raises:
+            CheckpointError: it could not be written. The ones before it are untouched.
+        """
+        state, recorder = self._state, self._recorder
+        assert state is not None
+        assert recorder is not None
+        position = {**progress.state_dict(), "files": recorder.sizes()}
+
+        def fill(folder: Path) -> None:
+            state.write(folder, {name: getattr(self, name) for name in _COUNTERS}, position)
+            write_json(folder / "ppo_config.json", self._provenance())
+
+        reward = progress.so_far().get("avg_reward", float("nan"))
+        saved = self.store.save(
+            reason, self.step, fill, size=state.size, score=None if np.isnan(reward) else reward
+        )
+        self._saved_at = self.step
+        return saved
+
+    def _save_on_the_way(self, progress: Progress) -> None:
+        """A checkpoint that cannot be written is no reason to lose the run: it goes on, and says so."""
+        try:
+            self.save_checkpoint("periodic", progress)
+        except CheckpointError as error:
+            print(f"WARNING: {error}; the run goes on without it")
+
+    def _run_state(self, prompts: PreparedPrompts) -> RunState:
+        return RunState(
+            policy=self.policy,
+            value=self.value_model,
+            reference=self.reference,
+            rollout_policy=self.rollout_policy,
+            kl_controller=self.kl_controller,
+            moments=self._maker.shaper.moments,
+            trainers=self._current_updater.trainers,
+            rewards=self.rewards,
+            config=self.config,
+            prompts=prompts.fingerprint,
+        )
+
+    def _check_resumed(self, folder: Path, saved: Saved) -> None:
+        """Refuse a checkpoint that this config does not fit; say what else is not as it was."""
+        for change in check_changes(config_of(saved.path), plain_config(self.config)):
+            print(f"WARNING: resume: {change}; from here on the run is not the one that was interrupted")
+        if run_folder_of(saved.path) != folder.resolve():
+            refuse_used(folder)
+
+    @staticmethod
+    def _sizes_in(saved: Saved) -> dict[str, int]:
+        sizes: dict[str, int] = read_state(saved.path)["progress"]["files"]
+        return sizes
+
+    def _go_on_from(self, saved: Saved) -> Progress:
+        """Make everything what it was at the checkpoint."""
+        assert self._state is not None
+        counters, position = self._state.read(saved.path)
+        for name in _COUNTERS:
+            setattr(self, name, int(counters[name]))
+        progress = Progress(self.step)
+        progress.load_state_dict(position)
+        self._saved_at = self.step
+        if self.config.verbose:
+            print(f"going on after step {self.step}, from {saved.path}")
+        return progress
+
     # -- The run folder -------------------------------------------------------------------------------
 
-    def _open_run(self) -> Path:
+    def _find_checkpoint(self, resume: bool | str | Path | None) -> Saved | None:
+        """What to go on from, checked; None: from the beginning."""
+        if resume is None and self._recorder is None:
+            resume = self.config.resume
+        if resume is None or resume is False:
+            return None
+        which = LATEST if resume is True else resume
+        return find_resume(which, self.run_folder, fallback=self.config.resume_fallback)
+
+    def _make_run_folder(self, saved: Saved | None) -> Path:
         if self.run_folder is None:
-            self.run_folder = prepare_folder(default_folder(self.algorithm.name))
-        write_json(self.run_folder / "config.json", self._provenance())
+            folder = run_folder_of(saved.path) if saved is not None else default_folder(self.algorithm.name)
+            self.run_folder = prepare_folder(folder, goes_on=saved is not None)
         return self.run_folder
+
+    @property
+    def _folder(self) -> Path:
+        assert self.run_folder is not None
+        return self.run_folder
+
+    def _open_run(self, folder: Path, saved: Saved | None, callbacks: Sequence[Callback]) -> Callbacks:
+        """The folder as this run begins or goes on in it, and everybody who is told; the lock is held."""
+        if self._recorder is None and saved is None:
+            if self.config.resume == LATEST:
+                for path in set_aside(folder):
+                    print(
+                        f"resume: no checkpoint was complete yet, so the run begins anew; its lines are in {path}"
+                    )
+            refuse_used(folder)
+        recorder = self._recorder or RunRecorder(
+            folder, self.config.log_samples_every, self.config.max_logged_samples
+        )
+        if saved is not None:
+            self._check_resumed(folder, saved)
+            recorder.go_on_from(saved.update, self._sizes_in(saved), run_folder_of(saved.path))
+        self._recorder = recorder
+        self.store.clear_leftovers()
+        write_json(folder / "config.json", self._provenance())
+        return Callbacks([recorder, RunGuards(), *self.callbacks, *callbacks])
+
+    def _printer(self, num_epochs: int) -> list[Callback]:
+        return [EpochPrinter(num_epochs)] if self.config.verbose else []
 
     def _provenance(self) -> dict[str, Any]:
         trainable, total = count_parameters(self.policy.model)
@@ -505,7 +692,14 @@ class PPOTrainer:
             self.save_model(folder)
         except (ToolkitError, OSError) as error:
             return f"What was learned could not be saved either: {error}"
-        return f"What was learned so far is in {folder} (after step {self.learned_steps})."
+        saved = f"What was learned so far is in {folder} (after step {self.learned_steps})."
+        if self._saved_at:
+            saved += f" With --resume {folder.parent} the run goes on after step {self._saved_at}."
+        return saved
+
+
+#: The trainer's own counters, which a checkpoint keeps.
+_COUNTERS = ("step", "learned_steps", "episodes", "epochs")
 
 
 class _Clock:
@@ -533,20 +727,6 @@ def _speed(rollouts: Sequence[Rollout], laps: Mapping[str, float]) -> dict[str, 
         "tokens_per_second": n_tokens / max(sum(laps.values()), 1e-9),
         **speed,
     }
-
-
-def _epoch_metrics(epoch: int, steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Means over the epoch's steps; ``avg_reward`` is the mean reward, counters are the last step's."""
-    last = {k: v for k, v in steps[-1].items() if k in ("step", "episode", "kl_coef", "lr")}
-    keys = dict.fromkeys(key for step in steps for key in step)
-    means = {key: _mean_of_numbers([step[key] for step in steps if key in step]) for key in keys}
-    return {**means, **last, "epoch": epoch, "avg_reward": means["reward"]}
-
-
-def _mean_of_numbers(values: Sequence[float]) -> float:
-    """The mean, NaN (a step without any score) left out."""
-    numbers = [value for value in values if not np.isnan(value)]
-    return float(np.mean(numbers)) if numbers else float("nan")
 
 
 def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:

@@ -162,6 +162,14 @@ class Updater:
             float(statistics.token_count), 1
         )
 
+    # -- What a checkpoint keeps ----------------------------------------------------------------------
+
+    @property
+    def trainers(self) -> dict[str, ModelTrainer]:
+        """Each optimiser with its module, by name."""
+        both = {"policy": self.policy_trainer, "value": self.value_trainer}
+        return {name: trainer for name, trainer in both.items() if trainer is not None}
+
     # -- Metrics --------------------------------------------------------------------------------------
 
     def _metrics(

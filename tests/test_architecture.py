@@ -24,6 +24,7 @@ PACKAGES = (
     "rewards",
     "training",
     "ppo_trainer",
+    "checkpointing",
     "monitoring",
     "command_line",
     "examples",
@@ -44,14 +45,14 @@ LAYERS = (
         "training.preference_loss",
         "training.importance_correction",
     ),
-    ("base_setup", "data_loading", "models", "rewards"),
+    ("base_setup", "checkpointing", "data_loading", "models", "rewards"),
     ("experience_buffer", "training", "ppo_trainer.generator"),
     ("ppo_trainer",),
     ("main", "command_line", "examples", "benchmarks"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LEVEL["monitoring"] = LEVEL["ppo_trainer"]  # what it may import in its turn is a rule of its own
-WITHOUT_MLX = ("config", "rewards", "monitoring")
+WITHOUT_MLX = ("config", "checkpointing", "rewards", "monitoring")
 PURE = (
     "token_attribution.masking",
     "reward_kl",

@@ -8,17 +8,17 @@ micro-batch. Then one clip, one AdamW update, and nothing at all where a number 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from base_setup.backend import set_memory_limits
 from base_setup.parameters import named_arrays
-from config.errors import TrainingRuntimeError
+from config.errors import CheckpointError, TrainingRuntimeError
 from config.training_config import TrainingConfig
 from token_attribution import host_math
 from training.adamw import AdamW
@@ -128,6 +128,27 @@ class ModelTrainer:
         rate = float(self.optimizer.learning_rate)
         return StepReport(loss_value, norm_value, rate, skipped, extras, rejected)
 
+    def state_arrays(self) -> dict[str, mx.array]:
+        """The optimiser's state by dotted path: moments, count of steps, learning rate."""
+        return named_arrays(self.optimizer.state)
+
+    def load_state_arrays(self, arrays: Mapping[str, mx.array]) -> None:
+        """Go on where :meth:`state_arrays` was taken, of a module with the same trainable parameters.
+
+        Raises:
+            CheckpointError: naming the first array that is missing, unknown, or of another shape or dtype.
+        """
+        mine = self.state_arrays()
+        for name in sorted(mine.keys() | arrays.keys()):
+            here, there = _kind(mine.get(name)), _kind(arrays.get(name))
+            if here != there:
+                raise CheckpointError(
+                    f"the optimiser's {name} is {there} in the checkpoint and {here} here; was another model or "
+                    "adapter, or another optimizer_bits, trained there?"
+                )
+        self.optimizer.state = tree_map_with_path(lambda path, _: arrays[path], self.optimizer.state)
+        mx.eval(self.optimizer.state)
+
     def _update(self, gradients: dict[str, mx.array], norm: float) -> None:
         """One AdamW step; it empties ``gradients``."""
         clip = self.max_grad_norm is not None and norm > self.max_grad_norm
@@ -141,6 +162,10 @@ class ModelTrainer:
                 f"{self.skipped_in_a_row} updates in a row had a loss of {loss} and a gradient norm of {norm} "
                 "and were skipped; lower learning_rate, or look for rewards of enormous size (max_skipped_steps)"
             )
+
+
+def _kind(array: mx.array | None) -> str:
+    return "missing" if array is None else f"{array.dtype} {tuple(array.shape)}".removeprefix("mlx.core.")
 
 
 def global_norm(arrays: Iterable[mx.array]) -> float:

@@ -10,13 +10,6 @@ from config.older.names import OFF, Ignored, Meaning, Missing, Ours, Renamed, Sa
 NO_TRACKER = Ignored(
     "trackers such as Weights & Biases are not available yet; every metric goes to metrics.jsonl in the run folder"
 )
-NO_CHECKPOINTS = Ignored(
-    "checkpoints during a run are not available yet; the weights are written at its end (final/), and when it ends "
-    "early (interrupted/)"
-)
-NO_RESUME = Missing(
-    "resuming a run with its optimiser and counters is not available yet; adapter_path starts a new run from an adapter"
-)
 NO_EVALUATION = Ignored(
     "evaluation during training is not available yet; main.py evaluate judges a finished run"
 )

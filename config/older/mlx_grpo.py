@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from config.older.meanings import (
-    NO_CHECKPOINTS,
     NO_EVALUATION,
     NO_NEW_TOKENS,
     NO_QUANTISED_CACHE,
-    NO_RESUME,
     NO_SPECULATION,
     NO_TRACKER,
     adapters_or_all,
@@ -64,7 +62,7 @@ SYSTEM = System(
         ("val_dataset_path", same("val_path")),
         ("dataset_prompt_key", same("prompt_column")),
         ("dataset_answer_key", same("completion_column")),
-        ("resume_from_checkpoint", NO_RESUME),
+        ("resume_from_checkpoint", same("resume")),
         (
             "max_prompt_len",
             Together(keeping_the_end("max_prompt_len"), "`max_prompt_length`, `prompt_overflow`"),
@@ -101,7 +99,6 @@ SYSTEM = System(
         ("kv_bits", NO_QUANTISED_CACHE),
         (("kv_group_size", "quantized_kv_start"), Ignored("keys and values are not quantised")),
         ("num_training_steps", same("num_steps")),
-        ("save_every", NO_CHECKPOINTS),
         ("eval_every", NO_EVALUATION),
         ("seed", Together(random_if_negative, "`seed`; -1 draws one")),
         ("use_grad_checkpointing", same("gradient_checkpointing")),
@@ -118,7 +115,7 @@ SYSTEM = System(
         Flag("val_dataset_path", False, "validation rows"),
         Flag("dataset_prompt_key", False, "column with the prompt"),
         Flag("dataset_answer_key", False, "column with the reference answer"),
-        Flag("resume_from_checkpoint", False, "not available yet"),
+        Flag("resume_from_checkpoint", False, "go on from a checkpoint of ours"),
         Flag("num_training_steps", False, "optimiser steps"),
         Flag("reward_content_type", False, "jaccard, math_eval or choice_correctness"),
         Flag("reward_format_weight", False, "weight of the format reward"),
@@ -148,7 +145,7 @@ SYSTEM = System(
         Flag("kv_bits", False, "not available"),
         Flag("kv_group_size", False, "not available"),
         Flag("quantized_kv_start", False, "not available"),
-        Flag("save_every", False, "not available yet"),
+        Flag("save_every", False, "steps between checkpoints"),
         Flag("eval_every", False, "not available yet"),
         Flag("use_grad_checkpointing", True, "less memory, a third more time"),
         Flag("grad_checkpoint_layers", False, "every block or none"),

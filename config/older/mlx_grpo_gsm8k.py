@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from config.older.meanings import (
     ALWAYS_LOGGED,
-    NO_CHECKPOINTS,
     NO_EVALUATION,
     NO_SWITCH,
     prompts_per_step,
@@ -73,7 +72,7 @@ SYSTEM = System(
         ("clip_eps", same("clip_epsilon")),
         ("kl_coeff", same("kl_coef")),
         ("lr_scheduler_type", Renamed("lr_schedule", _schedule)),
-        ("save_steps", NO_CHECKPOINTS),
+        ("save_steps", same("save_every")),
         (
             ("eval_steps", "eval_samples", "eval_every_updates", "eval_subset_size", "eval_max_new_tokens"),
             NO_EVALUATION,

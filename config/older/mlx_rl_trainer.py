@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 from config.older.meanings import (
     ALWAYS_LOGGED,
-    NO_CHECKPOINTS,
     NO_EVALUATION,
     NO_NEW_TOKENS,
-    NO_RESUME,
     NO_SWITCH,
     NO_TRACKER,
     adapters_or_all,
@@ -282,11 +280,12 @@ SYSTEM = System(
         ("sample_log_path", Ignored("samples are written to samples.jsonl in the run folder")),
         ("log_level", ALWAYS_LOGGED),
         # checkpointing
+        (("checkpoint_dir", "save_dir"), Ignored("checkpoints are written to the run folder, output_dir")),
         (
-            ("checkpoint_dir", "save_dir", "save_every", "keep_last_n", "save_optimizer_state"),
-            NO_CHECKPOINTS,
+            "save_optimizer_state",
+            Ignored("a checkpoint always has the optimiser's state; without it no run goes on"),
         ),
-        ("resume_from_checkpoint", NO_RESUME),
+        ("resume_from_checkpoint", same("resume")),
         ("init_new_embeddings_with_mean", NO_NEW_TOKENS),
         (("evaluators", "benchmarks"), NO_EVALUATION),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from config.older.meanings import NO_CHECKPOINTS, NO_EVALUATION, NO_TRACKER, same, table
+from config.older.meanings import NO_EVALUATION, NO_TRACKER, same, table
 from config.older.names import Flag, Ignored, Missing, Ours, Renamed, Said, System, Together, Values
 
 KL_NAMES = {"kl": "k1", "abs": "abs", "mse": "mse", "full": "full"}
@@ -148,7 +148,6 @@ SYSTEM = System(
         ("temp", Renamed("eval_temperature")),
         (("val_batches", "steps_per_eval", "test_batches"), NO_EVALUATION),
         ("steps_per_report", Ignored("every step is logged to metrics.jsonl")),
-        ("save_every", NO_CHECKPOINTS),
     ),
     flags=(
         Flag("model", False, "the model, a folder or a Hugging Face name"),
@@ -191,6 +190,6 @@ SYSTEM = System(
         Flag("steps_per_eval", False, "not available yet"),
         Flag("test_batches", False, "not available yet"),
         Flag("steps_per_report", False, "every step is logged"),
-        Flag("save_every", False, "not available yet"),
+        Flag("save_every", False, "steps between checkpoints"),
     ),
 )

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from config.older.meanings import (
     ALWAYS_LOGGED,
-    NO_CHECKPOINTS,
     NO_EVALUATION,
     NO_SWITCH,
     NO_TRACKER,
@@ -115,7 +114,9 @@ TRL = System(
         ("sync_ref_model", Ignored("reference_sync_every says it")),
         (("report_to", "run_name"), NO_TRACKER),
         (("logging_steps", "log_completions"), ALWAYS_LOGGED),
-        (("save_steps", "save_strategy", "save_total_limit"), NO_CHECKPOINTS),
+        ("save_steps", same("save_every")),
+        ("save_total_limit", same("keep_last_n")),
+        ("save_strategy", Ignored("save_every says it: steps between checkpoints, 0 for none")),
         (("eval_steps", "eval_strategy"), NO_EVALUATION),
         (("use_vllm", "vllm_mode", "torch_compile", "dataloader_num_workers"), NO_SWITCH),
         (("use_peft",), Ignored("fine_tune_type says it")),
@@ -178,7 +179,6 @@ MLX_LM = System(
         (("train", "test", "config"), Ignored("the subcommand says what is done")),
         ("optimizer", Ignored("AdamW is the optimiser")),
         (("steps_per_report", "report_to", "project_name"), ALWAYS_LOGGED),
-        ("save_every", NO_CHECKPOINTS),
         (("val_batches", "steps_per_eval", "test_batches"), NO_EVALUATION),
         (
             "optimizer_config",

@@ -1,0 +1,63 @@
+"""The wish to stop: Ctrl-C, SIGTERM, or a file ``.save_on_exit_request`` in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+REQUEST = ".save_on_exit_request"
+
+
+class StopRequest:
+    """Within the block the first signal is a wish, to be granted at the next update boundary; a second ends at once.
+
+    Only the main thread can take signals; elsewhere the file alone is looked at. A file from before is removed.
+
+    Attributes:
+        reason: ``sigint``, ``sigterm`` or ``request`` once somebody wishes it, for a checkpoint's name.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / REQUEST
+        self._signalled: str | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run is to stop; None: it is not."""
+        if self._signalled is None and self.file.exists():
+            return "request"
+        return self._signalled
+
+    def __enter__(self) -> StopRequest:
+        self.file.unlink(missing_ok=True)
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self.file.unlink(missing_ok=True)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._signalled is not None:
+            os.write(2, f"\n{name} again: ending at once; the last complete checkpoint stands\n".encode())
+            os._exit(1)
+        self._signalled = name.lower()
+        os.write(
+            2, f"\n{name}: the run saves and ends after this update; once more ends it at once\n".encode()
+        )
+        with contextlib.suppress(OSError):  # a full disk is no reason not to stop
+            self.file.touch()  # seen by other processes of the run

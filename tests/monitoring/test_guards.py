@@ -1,0 +1,48 @@
+"""Each trouble is said once, in words that name the heading of docs/troubleshooting.md, and only when it is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from monitoring.guards import RunGuards
+
+FINE = {"objective/kl": 2.0, "objective/kl_per_token": 0.1, "entropy": 2.0, "reward": 0.5, "reward_std": 0.2}
+TROUBLES = {
+    "KL blow-up": {"objective/kl": 30.0, "objective/kl_per_token": 1.5},
+    "Entropy collapse": {"entropy": 0.1},
+    "Reward saturation": {"reward_std": 0.0},
+    "Dead groups": {"frac_reward_zero_std": 0.95},
+    "Skipped updates": {"skipped_updates": 1.0},
+    "Nothing ends": {"completions/clipped_ratio": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_a_trouble_is_said_once_and_again_after_a_recovery(name: str) -> None:
+    said: list[str] = []
+    guards = RunGuards(said.append)
+    step = 0
+    for metrics, times, sentences in [
+        (FINE, 6, 0),
+        (TROUBLES[name], 12, 1),
+        (FINE, 1, 1),
+        (TROUBLES[name], 6, 2),
+    ]:
+        for _ in range(times):
+            step += 1
+            guards.on_step_end(step, {**FINE, **metrics})
+        assert len(said) == sentences, said
+    assert f'"{name}")' in said[0]
+    text = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {name}$", text, re.M)
+
+
+def test_a_metric_that_is_not_there_or_no_number_is_no_trouble() -> None:
+    said: list[str] = []
+    guards = RunGuards(said.append)
+    for step in range(10):
+        guards.on_step_end(step, {"reward": float("nan"), "entropy": float("nan"), "objective/kl": None})
+    assert said == []
