@@ -37,7 +37,6 @@ from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import FrozenPolicy, PolicyModel
 from models.rollout_policy import RolloutPolicy
 from models.sft_model import (
-    EMBEDDED,
     LanguageModel,
     load_language_model,
     save_language_model,
@@ -390,7 +389,7 @@ class PPOTrainer:
     def save_model(self, path: str | Path) -> None:
         """Write what was trained: an mlx-lm adapter folder, the value network in ``value/``, the config.
 
-        A base model that has no folder of its own is written too, to ``base/``, so that
+        A base model that has no folder of its own (embedded, grown, quantised on loading) is written too, to ``base/``, so that
         ``mlx_lm.load(path/base, adapter_path=path)`` works.
         """
         path = Path(path)
@@ -398,7 +397,7 @@ class PPOTrainer:
         if self.value_model is not None:
             self.value_model.save(path / "value")
         write_json(path / "ppo_config.json", self._provenance())
-        if self.policy.base.name == EMBEDDED:
+        if self.policy.base.is_altered:
             save_language_model(self.policy.base, path / "base")
 
     def load_model(self, path: str | Path) -> None:
