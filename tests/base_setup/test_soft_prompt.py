@@ -11,6 +11,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from mlx_lm.models.cache import BatchKVCache
 
 from base_setup.lora_setup import prepare_trainable
 from base_setup.parameters import named_arrays
@@ -157,10 +158,17 @@ def test_mlx_lm_generates_from_the_live_model(
     assert tokens[: len(expected)] == expected
 
 
-def test_padding_on_the_left_is_refused(tiny: LanguageModel, make_config: Callable[..., Any]) -> None:
+def test_mlx_lm_generates_batches_and_rows_padded_on_the_left_are_refused(
+    tiny: LanguageModel, make_config: Callable[..., Any]
+) -> None:
     policy = PolicyModel(tiny, make_config(fine_tune_type="soft_prompt"))
+    prompts = [[1, 2, 3, 9], [4], [7, 8]]
+    texts = mlx_lm.batch_generate(policy.model, tiny.tokenizer, prompts, max_tokens=6).texts
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = policy.generate(mx.array([prompt]), max_new_tokens=6, temperature=0).tolist()[0]
+        assert text == tiny.tokenizer.decode(ids[len(prompt) :])
     with pytest.raises(ValueError, match="these rows begin with padding"):
-        mlx_lm.batch_generate(policy.model, tiny.tokenizer, [[1, 2, 3], [4]], max_tokens=2)
+        policy.model(mx.array([[0, 1], [2, 3]]), cache=[BatchKVCache([1, 0]) for _ in range(2)])
     with pytest.raises(ValueError, match="takes token ids, not embeddings"):
         policy.model(IDS, input_embeddings=mx.zeros((1, 5, 32)))
 
