@@ -142,7 +142,9 @@ def _named(
     for name in names:
         matching = {path: m for path, m in (inside | outside).items() if is_named(path, name)}
         if not matching:
-            valid = sorted({part for path in inside | outside for part in path.split(".") if not part.isdigit()})
+            valid = sorted(
+                {part for path in inside | outside for part in path.split(".") if not part.isdigit()}
+            )
             raise InvalidConfigurationError(
                 f'lora_modules: the chosen blocks have no layer "{name}"{nearest(name, valid)}; there are '
                 f"{', '.join(sorted({path.rsplit('.', 1)[-1] for path in inside | outside}))}"

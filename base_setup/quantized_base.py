@@ -38,9 +38,7 @@ def quantize_base(model: nn.Module, model_config: dict[str, Any], config: Traini
             f"quantize_base: the model is quantised already, to {found['bits']} bits in groups of "
             f"{found['group_size']} ({found['mode']}); leave it out, or give the model in 16 or 32 bits"
         )
-    _, quantized = quantize_model(
-        model, model_config, group, config.quantize_base, mode=config.quantize_mode
-    )
+    _, quantized = quantize_model(model, model_config, group, config.quantize_base, mode=config.quantize_mode)
     if not any("scales" in module for module in model.modules()):
         widths = sorted({m["weight"].shape[-1] for m in model.modules() if hasattr(m, "to_quantized")})
         raise InvalidConfigurationError(

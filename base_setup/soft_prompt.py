@@ -127,7 +127,9 @@ def _prompted(kind: type, name: str) -> type:
         if not _begins(caches):
             return kind.__call__(self, *args, **named)
         n = self[NAME].shape[0]
-        given.arguments[ids_name] = mx.concatenate([mx.zeros((ids.shape[0], n), dtype=ids.dtype), ids], axis=1)
+        given.arguments[ids_name] = mx.concatenate(
+            [mx.zeros((ids.shape[0], n), dtype=ids.dtype), ids], axis=1
+        )
         embedding = self[name]
         self[name] = _LedEmbedding(embedding, self[NAME])
         try:
@@ -139,7 +141,9 @@ def _prompted(kind: type, name: str) -> type:
                 one.lead = n
         return states[:, n:]
 
-    return type(kind.__name__, (kind,), {"__call__": call, "without_prompt": kind, "__module__": kind.__module__})
+    return type(
+        kind.__name__, (kind,), {"__call__": call, "without_prompt": kind, "__module__": kind.__module__}
+    )
 
 
 def _begins(caches: Any) -> bool:

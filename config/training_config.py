@@ -58,7 +58,8 @@ class TrainingConfig(DataConfig):
         meaning="Bits per weight that the base model is quantised to while it is loaded (QLoRA); none = as it is.",
     )
     quantize_group_size: Literal[16, 32, 64, 128] | None = option(
-        default=None, meaning="Weights per scale of the quantised base; none = 64, or what quantize_mode asks for."
+        default=None,
+        meaning="Weights per scale of the quantised base; none = 64, or what quantize_mode asks for.",
     )
     quantize_mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = option(
         default="affine",
@@ -66,7 +67,7 @@ class TrainingConfig(DataConfig):
     )
     new_special_tokens: list[str] | None = option(
         default=None,
-        meaning="Control tokens added to tokenizer and embeddings; whole texts, never split; none = none.",
+        meaning="Texts that become one token each, such as <answer>, in tokenizer and embeddings; none = none.",
     )
     init_new_embeddings_with_mean: bool = option(
         default=True,

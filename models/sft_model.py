@@ -37,7 +37,9 @@ class LanguageModel:
     tokenizer: TokenizerWrapper
     config: dict[str, Any]  # the contents of its config.json
     name: str
-    is_altered: bool = False  # made here, grown or quantised: what ``name`` loads is not this, so it has to be saved
+    is_altered: bool = (
+        False  # made here, grown or quantised: what ``name`` loads is not this, so it has to be saved
+    )
 
 
 def load_language_model(config: TrainingConfig, field: str = "model_name") -> LanguageModel:

@@ -23,7 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from base_setup import backend
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config, within_memory
-from base_setup.parameters import count_parameters
+from base_setup.parameters import count_parameters, describe_trainable
 from base_setup.tokenizer_setup import check_vocabulary
 from config.errors import (
     InvalidConfigurationError,
@@ -201,6 +201,8 @@ class PPOTrainer:
             folder, self.config.log_samples_every, self.config.max_logged_samples
         )
         self._recorder = recorder
+        if self.config.verbose:
+            print(describe_trainable(self.policy.model))
         printer = [EpochPrinter(num_epochs)] if self.config.verbose else []
         told = Callbacks([recorder, *printer, *self.callbacks, *callbacks])
         self._updater = self._build_updater(num_steps)
@@ -389,8 +391,8 @@ class PPOTrainer:
     def save_model(self, path: str | Path) -> None:
         """Write what was trained: an mlx-lm adapter folder, the value network in ``value/``, the config.
 
-        A base model that has no folder of its own (embedded, grown, quantised on loading) is written too, to ``base/``, so that
-        ``mlx_lm.load(path/base, adapter_path=path)`` works.
+        A base model that has no folder of its own (embedded, grown, quantised on loading) is written too, to
+        ``base/``, so that ``mlx_lm.load(path/base, adapter_path=path)`` works.
         """
         path = Path(path)
         self.policy.save(path)

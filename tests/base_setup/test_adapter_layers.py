@@ -125,7 +125,9 @@ def test_checkpointing_changes_no_gradient(
     assert plain.keys() == forgetful.keys() == named_arrays(adapted.trainable_parameters()).keys()
     for which, exact in plain.items():
         size = max(float(mx.abs(exact).max()), 1e-3)
-        np.testing.assert_allclose(np.array(forgetful[which]), np.array(exact), atol=2e-5 * size, err_msg=which)
+        np.testing.assert_allclose(
+            np.array(forgetful[which]), np.array(exact), atol=2e-5 * size, err_msg=which
+        )
     assert sum(bool(mx.any(g)) for g in plain.values()) > 3
 
 
@@ -202,7 +204,10 @@ def test_how_much_trains_is_counted(tiny: LanguageModel, make_config: Callable[.
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"lora_modules": ["q_prj"]}, r'no layer "q_prj"; did you mean "q_proj"\? there are|did you mean "q_proj"'),
+        (
+            {"lora_modules": ["q_prj"]},
+            r'no layer "q_prj"; did you mean "q_proj"\? there are|did you mean "q_proj"',
+        ),
         ({"lora_blocks": "1-2"}, "names block 2, and the model's 2 blocks are numbered 0 to 1"),
         ({"lora_layers": 3}, "3 is more than the model's 2 blocks"),
         ({"modules_to_save": ["lm_head"]}, "its head is the embedding: name that"),

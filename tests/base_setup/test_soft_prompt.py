@@ -147,9 +147,7 @@ def test_rollouts_are_those_of_prompts_that_begin_with_the_tokens(
         np.testing.assert_allclose(found.logprobs, other.logprobs, atol=1e-4)
 
 
-def test_mlx_lm_generates_from_the_live_model(
-    tiny: LanguageModel, make_config: Callable[..., Any]
-) -> None:
+def test_mlx_lm_generates_from_the_live_model(tiny: LanguageModel, make_config: Callable[..., Any]) -> None:
     policy = PolicyModel(tiny, make_config(soft_prompt_text="Even:", fine_tune_type="soft_prompt"))
     prompt = [72, 101, 108]
     stream = mlx_lm.stream_generate(policy.model, tiny.tokenizer, prompt, max_tokens=6)
