@@ -81,7 +81,7 @@ def _vocabulary_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _grown(x: mx.array, ids: Sequence[int], rows: int, before: int, key: mx.array | None) -> mx.array:
-    """``x`` (V, …) with ``rows`` rows, of which ``ids`` are the mean of the first ``before``, or random with ``key``."""
+    """``x`` (V, …) with ``rows`` rows: ``ids`` are the mean of the first ``before``, or random where there is a key."""
     wide = x.astype(mx.float32)
     seen = wide[: min(before, x.shape[0])]
     shape = (len(ids), *x.shape[1:])

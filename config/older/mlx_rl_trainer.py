@@ -8,7 +8,6 @@ from config.older.meanings import (
     ALWAYS_LOGGED,
     NO_CHECKPOINTS,
     NO_EVALUATION,
-    NO_NEW_TOKENS,
     NO_RESUME,
     NO_SWITCH,
     NO_TRACKER,
@@ -225,10 +224,7 @@ SYSTEM = System(
             ("lora_scale_by_rank",),
             Ignored("the adapters' scale is always lora_alpha / lora_r"),
         ),
-        (
-            ("lora_target_modules",),
-            Missing("adapters are put on every linear layer of a block, whatever is listed"),
-        ),
+        ("lora_target_modules", same("lora_modules")),
         # generation
         (BIASES, Missing("biases on tags and phrases while sampling are not available yet; none is added")),
         (
@@ -287,7 +283,7 @@ SYSTEM = System(
             NO_CHECKPOINTS,
         ),
         ("resume_from_checkpoint", NO_RESUME),
-        ("init_new_embeddings_with_mean", NO_NEW_TOKENS),
+        ("init_new_embeddings_with_mean", same("init_new_embeddings_with_mean")),
         (("evaluators", "benchmarks"), NO_EVALUATION),
     ),
 )

@@ -36,7 +36,7 @@ def test_adapters_train_over_it_and_come_back_in_mlx_lm(
     layer, weight = (b.model.model.layers[0].self_attn.q_proj for b in (base, plain))
     packed = {k: layer[k] for k in ("scales", "biases") if k in layer}
     values = mx.dequantize(layer.weight, **packed, group_size=layer.group_size, bits=bits, mode=mode)
-    # One step of evenly spaced numbers over a group's range; of floats the widest gap, and what lies beyond the largest.
+    # One step of evenly spaced numbers over a group's range; of floats the widest gap, or what is cut off.
     bound = {"affine": 2 / (2**bits - 1), "mxfp8": 1 / 8}.get(mode, 1 / 2) * float(
         mx.abs(weight.weight).max()
     )
