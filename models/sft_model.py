@@ -14,11 +14,13 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, save_config, save_model
+from mlx_lm.utils import _get_classes, load_model, save_config, save_model
 
 from base_setup.backend import compute_dtype
 from base_setup.new_tokens import add_tokens
 from base_setup.parameters import named_arrays
+from base_setup.pickled_tokenizer import FILE as PICKLED
+from base_setup.pickled_tokenizer import load_pickled_tokenizer
 from base_setup.quantized_base import quantize_base
 from base_setup.soft_prompt import soft_prompt_of
 from base_setup.tokenizer_setup import byte_tokenizer, check_vocabulary, end_token_ids
@@ -53,7 +55,9 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
         return _as_asked(build_embedded(config.embedded_model, config.seed), config)
     name = existing_model(config.model_name, field)
     try:
-        model, tokenizer, model_config = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
+        model, tokenizer, model_config = _read(name)
+    except ModelLoadError:
+        raise
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(
@@ -65,6 +69,17 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
     check_vocabulary(tokenizer, vocabulary_size(model, model_config), config.model_name)
     end_token_ids(tokenizer)
     return _as_asked(loaded, config)
+
+
+def _read(name: str) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """Model, tokenizer and config.json as mlx-lm reads them, and a tokenizer that is a pickled encoding as we do."""
+    pickled = Path(name) / PICKLED
+    if pickled.is_file() and not (Path(name) / "tokenizer.json").is_file():
+        tokenizer = load_pickled_tokenizer(pickled)
+        model, settings = load_model(Path(name))
+        return model, tokenizer, settings
+    model, tokenizer, settings = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
+    return model, tokenizer, settings
 
 
 def _as_asked(base: LanguageModel, config: TrainingConfig) -> LanguageModel:
