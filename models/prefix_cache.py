@@ -295,7 +295,7 @@ def has_plain_caches(caches: list[Any]) -> bool:
 
 def lead_of(caches: list[KVCache], width: int) -> int:
     """Columns that a soft prompt takes before prompts padded to ``width`` tokens, in caches that hold just these."""
-    return int(caches[0].offset) - width
+    return int(caches[0].offset) - width if caches else 0
 
 
 def shares_ragged_prompts(model: nn.Module) -> bool:
