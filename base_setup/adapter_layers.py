@@ -96,7 +96,7 @@ def _keys(model: nn.Module, config: TrainingConfig, without: tuple[str, ...]) ->
             if hasattr(module, "to_lora") or isinstance(module, _LINEAR + _EMBEDDING + _EXPERTS):
                 inside[f"{paths[id(block)]}.{name}"] = module
     blocks = {paths[id(block)] + "." for block in model.layers}
-    outside = {
+    outside: dict[str, nn.Module] = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, _LINEAR + _EMBEDDING) and not any(path.startswith(block) for block in blocks)

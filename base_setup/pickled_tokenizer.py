@@ -112,7 +112,8 @@ def _encoding(path: Path) -> tuple[str, str, dict[bytes, int], dict[str, int]]:
         raise ModelLoadError(
             f"{path}: a tiktoken encoding with its ranks is expected, found {'one by name' if state else 'none'}"
         )
-    pattern, ranks, special = (state.get(k) for k in ("pat_str", "mergeable_ranks", "special_tokens"))
+    parts: list[Any] = [state.get(k) for k in ("pat_str", "mergeable_ranks", "special_tokens")]
+    pattern, ranks, special = parts
     fits = (
         isinstance(pattern, str)
         and isinstance(ranks, dict)
