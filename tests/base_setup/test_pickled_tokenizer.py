@@ -50,6 +50,7 @@ def write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path
     module = ModuleType("tiktoken.core")
     module.Encoding = Encoding  # type: ignore[attr-defined]
     monkeypatch.setattr(Encoding, "__module__", "tiktoken.core")
+    monkeypatch.setitem(sys.modules, "tiktoken", ModuleType("tiktoken"))
     monkeypatch.setitem(sys.modules, "tiktoken.core", module)
 
     def written(**changes: Any) -> Path:
