@@ -1,8 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in mlx-lm's own modules and files.
+"""What of a model trains: low-rank adapters, DoRA, every weight, a soft prompt, whole modules beside them.
 
-An adapter folder written here is what ``mlx_lm.generate --adapter-path``, ``mlx_lm.fuse`` and
-``mlx_lm.load(..., adapter_path=…)`` read. Our own extras (value heads, trainer state) never go into
-``adapters.safetensors``, because mlx-lm refuses tensors that it does not know.
+The parts are files of one idea each: ``adapter_layers`` (low-rank layers), ``soft_prompt`` (vectors before the
+prompt), ``base_weights`` (modules that train whole), ``base_model`` (back to the base), ``adapter_files`` (on disk).
 """
 
 from __future__ import annotations
@@ -11,56 +10,100 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 
 # isort: split
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from base_setup.parameters import named_arrays
-from config.errors import CheckpointError, InvalidConfigurationError
+from base_setup.adapter_files import (
+    DESCRIPTION,
+    WEIGHTS,
+    load_adapter,
+    read_description,
+    restore_adapter,
+    save_adapter,
+)
+from base_setup.adapter_layers import LEAVES, adapter_layers, add_adapters
+from base_setup.base_model import adapters_off, fuse_adapters, strip_adapters
+from base_setup.base_weights import BaseWeights, modules_named, set_base_weights, train_modules
+from base_setup.soft_prompt import NAME as SOFT_PROMPT
+from base_setup.soft_prompt import first_rows, set_soft_prompt, soft_prompt_of
+from base_setup.tokenizer_setup import encode
+from config.errors import InvalidConfigurationError
 from config.training_config import TrainingConfig
 
-WEIGHTS, DESCRIPTION = "adapters.safetensors", "adapter_config.json"
+__all__ = [
+    "DESCRIPTION",
+    "WEIGHTS",
+    "adapter_layers",
+    "adapters_off",
+    "fuse_adapters",
+    "load_adapter",
+    "prepare_trainable",
+    "read_description",
+    "restore_adapter",
+    "save_adapter",
+    "strip_adapters",
+]
 
 
-def prepare_trainable(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
+def prepare_trainable(
+    model: nn.Module, config: TrainingConfig, tokenizer: TokenizerWrapper | None = None
+) -> dict[str, Any]:
     """Freeze ``model`` but for what ``config`` trains, in place; returns its adapter description.
 
-    ``lora``: the base is frozen and its linear layers get adapters whose update is zero at first, so the
-    model computes exactly what it did. ``full``: every weight trains, in float32, because steps of the
-    size that RL takes vanish in bfloat16.
+    ``lora``, ``dora``: the base is frozen and its linear layers get adapters whose update is zero at first, so the
+    model computes what it did (with LoRA to the last bit). ``soft_prompt``, or ``soft_prompt_tokens`` beside them:
+    vectors in front of every prompt, which change what it computes at once. ``full``: every weight trains, in float32,
+    because steps of the size that RL takes vanish in bfloat16.
+
+    Args:
+        tokenizer: for ``soft_prompt_text``, and for how many tokens there are to begin a soft prompt from.
+    Raises:
+        InvalidConfigurationError: for layers, blocks or modules that are not there or cannot train.
+        CheckpointError: where ``adapter_path`` does not fit.
     """
     model.freeze()
-    layers = len(model.layers)
-    if config.lora_layers > layers:
-        raise InvalidConfigurationError(
-            f"lora_layers: {config.lora_layers} is more than the model's {layers} blocks; use -1 for all"
-        )
-    description: dict[str, Any] = {
-        "fine_tune_type": config.fine_tune_type,
-        "num_layers": config.lora_layers if config.lora_layers > 0 else layers,
-        "model": config.model_name,
-    }
     if config.adapter_path is not None:
         return _resume_adapter(model, config)
+    description: dict[str, Any] = {
+        "fine_tune_type": config.fine_tune_type,
+        "num_layers": len(model.layers),
+        "model": config.model_name,
+    }
     if config.fine_tune_type == "full":
         _unfreeze_all(model, f'fine_tune_type: "full" trains every weight, but "{config.model_name}"')
         return description
-    description["lora_parameters"] = {
-        "rank": config.lora_r,
-        "scale": config.lora_alpha / config.lora_r,  # mlx-lm's scale is alpha / r
-        "dropout": config.lora_dropout,
-    }
-    # mlx-lm draws the adapters from MLX's global state; dropout later draws from it too.
-    mx.random.seed(config.seed)
-    linear_to_lora_layers(model, description["num_layers"], description["lora_parameters"])
+    set_base_weights(model, BaseWeights(soft_prompt=soft_prompt_of(model)))
+    modules = modules_named(model, config.modules_to_save or ())
+    if config.fine_tune_type != "soft_prompt":
+        description |= add_adapters(model, config, without=modules)
+    if modules:
+        train_modules(model, modules)
+        description["modules_to_save"] = modules
+    if config.soft_prompt_length != 0:
+        rows = _first_rows(model, config, tokenizer)
+        set_soft_prompt(model, rows)
+        model.unfreeze(keys=[SOFT_PROMPT])  # it may be one that the base came with
+        description["soft_prompt_tokens"] = rows.shape[0]
     return description
+
+
+def _first_rows(model: nn.Module, config: TrainingConfig, tokenizer: TokenizerWrapper | None) -> mx.array:
+    vocabulary = len(tokenizer) if tokenizer is not None else None
+    if config.soft_prompt_text is None:
+        here = soft_prompt_of(model)
+        if here is not None and config.soft_prompt_tokens in (None, here.shape[0]):
+            return here  # the base came with one: it goes on from there
+        return first_rows(model, config.soft_prompt_length, None, config.seed, vocabulary)
+    ids = encode(tokenizer, config.soft_prompt_text) if tokenizer is not None else []
+    if not ids:
+        raise InvalidConfigurationError(
+            f"soft_prompt_text: {config.soft_prompt_text!r:.80} has no tokens to begin from; give a text with some"
+        )
+    return first_rows(model, config.soft_prompt_length, ids, config.seed)
 
 
 def _unfreeze_all(model: nn.Module, reason: str) -> None:
@@ -78,114 +121,12 @@ def _resume_adapter(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
     description = load_adapter(model, folder)
     if description.get("fine_tune_type") == "full":
         _unfreeze_all(model, f'adapter_path: {folder} holds every weight, but the base "{config.model_name}"')
-    else:
-        for _, module in adapter_layers(model):
-            names = [name for name in ("lora_a", "lora_b", "m") if name in module]
-            module.unfreeze(keys=names, recurse=False)
-            # Like fresh adapters: a file in 16 bits would make them train, and stand still, in 16 bits.
-            module.update({name: module[name].astype(mx.float32) for name in names})
+        return description
+    for _, module in adapter_layers(model):
+        names = [name for name in LEAVES if name in module]
+        module.unfreeze(keys=names, recurse=False)
+        # Like fresh adapters: a file in 16 bits would make them train, and stand still, in 16 bits.
+        module.update({name: module[name].astype(mx.float32) for name in names})
+    if description.get("soft_prompt_tokens"):
+        model.unfreeze(keys=[SOFT_PROMPT])
     return description
-
-
-def adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The adapted layers of ``model`` by path: modules that wrap another linear or embedding layer."""
-    return [(path, m) for path, m in model.named_modules() if "lora_a" in m]
-
-
-def _wrapped(layer: nn.Module) -> nn.Module:
-    return layer["linear"] if "linear" in layer else layer["embedding"]
-
-
-def strip_adapters(model: nn.Module) -> nn.Module:
-    """Put the wrapped layers back in place of their adapters, in place, for good."""
-    model.update_modules(tree_unflatten([(path, _wrapped(layer)) for path, layer in adapter_layers(model)]))
-    return model
-
-
-def fuse_adapters(model: nn.Module) -> nn.Module:
-    """Add the adapters' updates to the weights they adapt, in place: a plain model again, a base for others."""
-    fused = [(path, layer.fuse()) for path, layer in adapter_layers(model)]
-    model.update_modules(tree_unflatten(fused))
-    return model
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block ``model`` is the base model, bit for bit: its adapted layers step aside.
-
-    Do not use it inside a compiled function: what was traced with the adapters on stays on.
-    """
-    layers = adapter_layers(model)
-    strip_adapters(model)
-    try:
-        yield model
-    finally:
-        if layers:
-            model.update_modules(tree_unflatten(layers))
-
-
-def save_adapter(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
-    """Write the trainable weights and their description in mlx-lm's layout."""
-    weights = named_arrays(model.trainable_parameters())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(folder / WEIGHTS), weights)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: the adapter could not be written ({error}); free some space or choose another folder"
-        ) from error
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The parsed ``adapter_config.json`` of an adapter folder."""
-    for name in (DESCRIPTION, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder}: {name} is missing; an adapter folder holds {WEIGHTS} and {DESCRIPTION}"
-            )
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / DESCRIPTION}: not valid JSON ({error})") from error
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{folder / DESCRIPTION}: a JSON object is expected")
-    return description
-
-
-def load_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Load an adapter folder onto a bare base, making its adapters; returns its description."""
-    description = read_description(folder)
-    try:
-        load_adapters(model, str(folder))
-    except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError) as error:
-        raise _misfit(folder, str(error)) from error
-    mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
-    return description
-
-
-def restore_adapter(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
-    """Load an adapter folder into a model that is prepared already; nothing changes unless everything fits."""
-    saved = read_description(folder)
-    for key in ("fine_tune_type", "lora_parameters"):
-        if saved.get(key) != description.get(key):
-            raise _misfit(folder, f"{key} is {saved.get(key)}, here it is {description.get(key)}")
-    try:
-        weights = named_arrays(mx.load(str(folder / WEIGHTS)))
-    except RuntimeError as error:
-        raise _misfit(folder, str(error)) from error
-    mine = {name: x.shape for name, x in named_arrays(model.trainable_parameters()).items()}
-    found = {name: x.shape for name, x in weights.items()}
-    differing = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))
-    if differing:
-        name = differing[0]
-        raise _misfit(folder, f"{name} has shape {found.get(name)}, here it is {mine.get(name)}")
-    model.load_weights(list(weights.items()), strict=False)
-    mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
-
-
-def _misfit(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: this adapter does not fit the model ({reason}); was it trained with other settings or on "
-        "another base?"
-    )

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from base_setup.backend import installed_build, set_memory_limits
 from config.errors import InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
+from config.training_config import block_numbers
 
 GB = 10**9
 MACHINES = (8, 16, 24, 64, 128)  # GB of memory that machines come with
@@ -42,7 +43,7 @@ UPDATED_AT_ONCE = 1 << 19  # training.adamw.CHUNK
 EFFICIENT_TOKENS = {"cpu": 1280}  # ppo_trainer.updater.PASS_TOKENS
 #: All that forward and backward pass compute on the CPU over what the forward computes alone: measured with
 #: benchmarks/memory.py on three sizes, to 4 %.
-WITH_BACKWARD = {"lora": 2.06, "full": 2.31}
+WITH_BACKWARD = {"lora": 2.06, "dora": 2.06, "soft_prompt": 2.06, "full": 2.31}
 CODED_FROM, CODED_BLOCK = 4096, 256  # training.adamw.SMALLEST, BLOCK
 PASS_TOKENS = {"cpu": 32, "metal": 512, "cuda": 512}  # token_attribution.sampled_states
 
@@ -270,8 +271,11 @@ def predict(
     device = device or _installed_device()
     if device not in PASS_TOKENS:
         raise ValueError(f"device must be one of {', '.join(PASS_TOKENS)}, but it is {device}")
+    if options.quantize_base is not None:
+        group = options.quantize_group_size or 64
+        model = {**model, "quantization": {"bits": options.quantize_base, "group_size": group}}
     arch = Architecture.from_config(model, device)
-    lora = options.fine_tune_type == "lora"
+    lora = options.fine_tune_type != "full"
     trained = _trained(arch, options)
     numbers = sum(size * count for size, count in trained)
     separate = critic and options.value_network == "separate"
@@ -326,9 +330,19 @@ def _trained(arch: Architecture, options: PPOConfig) -> list[tuple[int, int]]:
     if options.fine_tune_type == "full":
         arrays = [(m.numbers, m.copies * arch.layers) for m in arch.linear]
         return [*arrays, (arch.embedding, 1 if arch.tied else 2), (arch.hidden, 2 * arch.layers + 1)]
+    length = options.soft_prompt_length
+    if length is None:  # as many as a text has tokens, at most one for each of its characters
+        length = len(options.soft_prompt_text or "")
+    vectors = [(length * arch.hidden, 1)] if length else []
+    if options.fine_tune_type == "soft_prompt":
+        return vectors
     blocks = arch.layers if options.lora_layers < 0 else min(options.lora_layers, arch.layers)
+    if options.lora_blocks is not None:
+        blocks = min(len(block_numbers(options.lora_blocks)), arch.layers)
     rank = options.lora_r
-    return [(width * rank, m.copies * blocks) for m in arch.linear for width in (m.inputs, m.outputs)]
+    low_rank = [(width * rank, m.copies * blocks) for m in arch.linear for width in (m.inputs, m.outputs)]
+    dora = options.fine_tune_type == "dora"
+    return low_rank + vectors + ([(m.outputs, m.copies * blocks) for m in arch.linear] if dora else [])
 
 
 def _moments(size: int, options: PPOConfig) -> int:
@@ -419,7 +433,7 @@ def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> 
             + feed_forward  # the gated product
             + arch.heads * one.span  # scores, which become their softmax
         )
-        if options.fine_tune_type == "lora":  # through both factors, scaled, and the sum
+        if options.fine_tune_type in ("lora", "dora"):  # through both factors, scaled, and the sum
             per_token += 3 * outputs + 7 * options.lora_r
         cached = 2 * arch.keys * one.rows * (one.continued + one.span) if one.continued else 0
         total += arch.layers * (per_token * one.tokens + cached) + 5 * arch.hidden * one.tokens
@@ -438,7 +452,7 @@ def _read_back(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> i
             + 5 * feed_forward  # gate, sigmoid, their product, up, all three's product
             + arch.heads * one.span  # softmax
         )
-        if options.fine_tune_type == "lora":
+        if options.fine_tune_type in ("lora", "dora"):
             per_token += 7 * options.lora_r
         cached = 2 * arch.keys * one.rows * one.continued
         total += arch.layers * (per_token * one.tokens + cached) + 2 * arch.hidden * one.tokens

@@ -22,3 +22,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers train, and how many there are (a quantised weight counts its packed words)."""
     trainable = sum(x.size for x in named_arrays(model.trainable_parameters()).values())
     return trainable, sum(x.size for x in named_arrays(model.parameters()).values())
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """How much trains, as a line.
+
+    >>> layer = nn.Linear(9, 10)
+    >>> describe_trainable(layer.freeze(keys="weight"))
+    '10 of 100 parameters train (10 %)'
+    """
+    trainable, total = count_parameters(model)
+    return f"{trainable:,} of {total:,} parameters train ({100 * trainable / total:.3g} %)"

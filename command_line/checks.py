@@ -38,7 +38,7 @@ def check_model(config: TrainingConfig) -> None:
         existing_model(config.model_name)
     if config.adapter_path is not None:
         read_description(Path(config.adapter_path).expanduser())
-    elif config.fine_tune_type == "lora" and config.lora_layers > 0:
+    elif config.fine_tune_type in ("lora", "dora") and config.lora_layers > 0:
         blocks = model_config(config).get("num_hidden_layers")
         if isinstance(blocks, int) and config.lora_layers > blocks:
             raise InvalidConfigurationError(

@@ -88,7 +88,16 @@ def supervised_memory(config: SFTConfig | RewardModelConfig, longest: int) -> Me
     pairs = isinstance(config, RewardModelConfig)
     rows = config.batch_size * (2 if pairs else 1)
     new = 1 if pairs else max(1, longest // 2)
-    shared = ("fine_tune_type", "lora_r", "lora_layers", "optimizer_bits", "gradient_checkpointing")
+    shared = (
+        *("fine_tune_type", "lora_r", "lora_layers", "lora_blocks", "soft_prompt_tokens", "soft_prompt_text"),
+        *(
+            "quantize_base",
+            "quantize_group_size",
+            "quantize_mode",
+            "optimizer_bits",
+            "gradient_checkpointing",
+        ),
+    )
     options = PPOConfig(
         algorithm="reinforce",
         batch_size=rows,
@@ -115,7 +124,12 @@ def _counted(number: int, word: str) -> str:
 def _trained(config: TrainingConfig) -> str:
     if config.fine_tune_type == "full":
         return "every weight trains"
-    return f"adapters of rank {config.lora_r} train"
+    length = config.soft_prompt_length
+    vectors = f"a soft prompt of {length if length else 'its text'}" + (" vectors" if length else "")
+    if config.fine_tune_type == "soft_prompt":
+        return f"{vectors} trains"
+    kind = "DoRA adapters" if config.fine_tune_type == "dora" else "adapters"
+    return " and ".join([f"{kind} of rank {config.lora_r}", *([vectors] if length != 0 else [])]) + " train"
 
 
 def _rows(data: DataSplits, lengths: Sequence[int], what: str) -> str:

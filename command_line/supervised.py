@@ -101,7 +101,7 @@ class _Stage:
 
     def _save(self, trainer: Any, folder: Path) -> list[str]:
         """Write the result; returns what to type next."""
-        from models.sft_model import EMBEDDED, save_language_model
+        from models.sft_model import save_language_model
 
         if self.kind == "preferences":
             trainer.reward_model.save(folder / "final")
@@ -111,7 +111,7 @@ class _Stage:
             return [f"saved: {folder / 'model'}", f"use it: --model-name {folder / 'model'}"]
         trainer.policy.save(folder / "final")
         name = self.config.model_name
-        if name == EMBEDDED:  # it has no folder of its own, and an adapter alone is no model
+        if trainer.policy.base.is_altered:  # it has no folder of its own, and an adapter alone is no model
             save_language_model(trainer.policy.base, folder / "final" / "base")
             name = str(folder / "final" / "base")
         use = f"--model-name {name} --adapter-path {folder / 'final'}"

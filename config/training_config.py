@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import model_validator
@@ -22,6 +23,24 @@ from config.declaration import (
 from config.model_config import ModelConfig
 
 
+def block_numbers(text: str) -> list[int]:
+    """The blocks that ``lora_blocks`` names, each once, ascending.
+
+    >>> block_numbers("8, 0-3")
+    [0, 1, 2, 3, 8]
+    """
+    numbers = set[int]()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise ValueError(
+                f'lora_blocks: numbers and ranges such as "0-3,8" are expected, found "{part.strip()}" in "{text}"'
+            )
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
 @declared
 class TrainingConfig(DataConfig):
     """Options of every stage. One declaration is the default, the type, the range and the help."""
@@ -34,15 +53,41 @@ class TrainingConfig(DataConfig):
     embedded_model: ModelConfig = option(
         default=ModelConfig.tiny(), meaning='Architecture used when model_name is "embedded".'
     )
+    quantize_base: Literal[2, 3, 4, 5, 6, 8] | None = option(
+        default=None,
+        meaning="Bits per weight that the base model is quantised to while it is loaded (QLoRA); none = as it is.",
+    )
+    quantize_group_size: Literal[16, 32, 64, 128] | None = option(
+        default=None,
+        meaning="Weights per scale of the quantised base; none = 64, or what quantize_mode asks for.",
+    )
+    quantize_mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = option(
+        default="affine",
+        meaning="Number format of the quantised base: whole numbers with scale and bias, or 4 or 8 bit floats.",
+    )
+    new_special_tokens: list[str] | None = option(
+        default=None,
+        meaning="Texts that become one token each, such as <answer>, in tokenizer and embeddings; none = none.",
+    )
+    init_new_embeddings_with_mean: bool = option(
+        default=True,
+        meaning="New tokens begin as the mean of all embeddings; false = drawn with the embeddings' own spread.",
+    )
     adapter_path: str | None = option(
         section="adapter", default=None, meaning="Folder of an adapter to start from (mlx-lm format)."
     )
-    fine_tune_type: Literal["lora", "full"] = option(
-        default="lora", meaning="What trains: low-rank adapters or every weight."
+    fine_tune_type: Literal["lora", "dora", "full", "soft_prompt"] = option(
+        default="lora",
+        meaning="What trains: low-rank adapters, the same with a magnitude per output (DoRA), every weight, or vectors "
+        "in front of the prompt alone.",
     )
     lora_r: PositiveInt = option(default=16, meaning="Rank of the adapters (r).")
     lora_alpha: PositiveFloat = option(
         default=32, meaning="Adapter scaling (alpha); the update is scaled by alpha / r."
+    )
+    lora_rslora: bool = option(
+        default=False,
+        meaning="Scale the update by alpha / sqrt(r) instead: its size no longer falls with the rank.",
     )
     lora_dropout: Fraction = option(
         default=0.1,
@@ -51,6 +96,27 @@ class TrainingConfig(DataConfig):
     )
     lora_layers: LayerCount = option(
         default=-1, meaning="How many blocks get adapters, counted from the last; -1 = all."
+    )
+    lora_blocks: str | None = option(
+        default=None,
+        meaning='Which blocks get adapters instead, from 0, as numbers and ranges: "0-3,8"; none = lora_layers.',
+    )
+    lora_modules: list[str] | None = option(
+        default=None,
+        meaning="Layers that get adapters, by name: q_proj, self_attn, lm_head; none = every linear layer of a block.",
+    )
+    modules_to_save: list[str] | None = option(
+        default=None,
+        meaning="Modules of which every weight trains beside the adapters, by name: lm_head, norm; none = none.",
+    )
+    soft_prompt_tokens: NonNegativeInt | None = option(
+        default=None,
+        meaning="Trained vectors in front of every prompt; none = 0, and with fine_tune_type = soft_prompt 10 or as "
+        "many as soft_prompt_text has tokens.",
+    )
+    soft_prompt_text: str | None = option(
+        default=None,
+        meaning="Text whose embeddings the soft prompt begins as; none = those of random tokens.",
     )
 
     batch_size: PositiveInt = option(section="batches", default=4, meaning="Rows (in RL: prompts) per step.")
@@ -117,6 +183,52 @@ class TrainingConfig(DataConfig):
         default=10, meaning="Steps between rows of samples.jsonl; 0 = never."
     )
     max_logged_samples: PositiveInt = option(default=5, meaning="Completions written each time.")
+
+    @model_validator(mode="after")
+    def _what_trains_is_one(self) -> TrainingConfig:
+        parts = [n for n in ("modules_to_save", "soft_prompt_tokens", "soft_prompt_text") if getattr(self, n)]
+        if self.fine_tune_type == "full" and (parts or self.quantize_base):
+            raise ValueError(
+                f"{', '.join(parts) or 'quantize_base'}: with fine_tune_type = full every weight trains already, and "
+                "none can be quantised; leave it out, or set fine_tune_type to lora"
+            )
+        if self.fine_tune_type == "soft_prompt" and self.soft_prompt_tokens == 0:
+            raise ValueError(
+                "soft_prompt_tokens: 0 leaves nothing to train with fine_tune_type = soft_prompt; give at least 1"
+            )
+        if self.lora_blocks is not None and self.lora_layers != -1:
+            raise ValueError(
+                "lora_layers, lora_blocks: both say which blocks get adapters "
+                f"({self.lora_layers}, {self.lora_blocks}); give one of them"
+            )
+        if self.lora_blocks is not None:
+            block_numbers(self.lora_blocks)
+        formats = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+        if self.quantize_mode in formats:
+            bits, group = formats[self.quantize_mode]
+            if self.quantize_base != bits or self.quantize_group_size not in (None, group):
+                raise ValueError(
+                    f"quantize_mode: {self.quantize_mode} is {bits} bits in groups of {group}, found quantize_base = "
+                    f"{self.quantize_base} and quantize_group_size = {self.quantize_group_size}; set the first to "
+                    f"{bits} and leave the second out"
+                )
+        elif self.quantize_group_size == 16:
+            raise ValueError("quantize_group_size: 16 is for quantize_mode = nvfp4; give 32, 64 or 128")
+        return self
+
+    @property
+    def lora_scale(self) -> float:
+        """What the low-rank update is multiplied by: alpha / r, or alpha / sqrt(r) (rank-stabilised)."""
+        return self.lora_alpha / (self.lora_r**0.5 if self.lora_rslora else self.lora_r)
+
+    @property
+    def soft_prompt_length(self) -> int | None:
+        """Vectors of the soft prompt: 0 = there is none, None = as many as ``soft_prompt_text`` has tokens."""
+        if self.soft_prompt_tokens is not None:
+            return self.soft_prompt_tokens
+        if self.soft_prompt_text is not None:
+            return None
+        return 10 if self.fine_tune_type == "soft_prompt" else 0
 
     @model_validator(mode="after")
     def _schedule_is_one(self) -> TrainingConfig:

@@ -14,7 +14,6 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from base_setup.lora_setup import (
-    adapter_layers,
     adapters_off,
     prepare_trainable,
     restore_adapter,
@@ -81,7 +80,7 @@ class PolicyModel:
         self.base = base
         self.tokenizer: TokenizerWrapper = base.tokenizer
         self.model = share_weights(base.model)
-        self.description = prepare_trainable(self.model, config)
+        self.description = prepare_trainable(self.model, config, base.tokenizer)
         # Dropout is off: two passes over the same weights must give the same logprobs.
         self.model.eval()
         mx.eval(self.model.parameters())
@@ -195,8 +194,17 @@ class PolicyModel:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether low-rank adapters train, rather than every weight."""
-        return bool(adapter_layers(self.model))
+        """Whether something beside the base trains (adapters, a soft prompt), rather than every weight."""
+        return self.description.get("fine_tune_type") != "full"
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether a fresh adapter of this kind computes what the base does, to the last bit: low-rank ones alone.
+
+        A soft prompt changes every state at once, DoRA the order of sums, a whole module perhaps its precision.
+        """
+        plain = self.description.get("fine_tune_type", "lora") == "lora"
+        return plain and not {"soft_prompt_tokens", "modules_to_save"} & self.description.keys()
 
     def save(self, folder: Path) -> None:
         """Write the trained weights as an mlx-lm adapter folder."""

@@ -294,6 +294,11 @@ def has_plain_caches(caches: list[Any]) -> bool:
     return all(type(cache) is KVCache for cache in caches)
 
 
+def lead_of(caches: list[KVCache], width: int) -> int:
+    """Columns that a soft prompt takes before prompts padded to ``width`` tokens, in caches that hold just these."""
+    return int(caches[0].offset) - width if caches else 0
+
+
 def shares_ragged_prompts(model: nn.Module) -> bool:
     """Whether prompts of different lengths can be decoded together, tried out on two tiny ones.
 
@@ -337,7 +342,8 @@ def _decodes(
     forward(mx.array([prompt + [0] * (width - len(prompt)) for prompt in prompts]), cache=filled)
     columns = Columns()
     rows = [1, 0, 1]
-    columns.enter([len(prompts[row]) for row in rows], rows)
+    lead = lead_of(filled, width)
+    columns.enter([lead + len(prompts[row]) for row in rows], rows)
     caches = [kind(columns, len(rows)) for _ in filled]
     for cache, prompt in zip(caches, filled, strict=True):
         cache.enter(prompt, rows)

@@ -41,7 +41,7 @@ class RewardModel:
         self.tokenizer = base.tokenizer
         self.config = config
         model = share_weights(base.model)
-        self.description = prepare_trainable(model, config)
+        self.description = prepare_trainable(model, config, base.tokenizer)
         model.eval()  # before anything is computed: dropout would tell the trunk's two halves from the whole
         self.trunk = require_trunk(model, "a reward model", checkpoint=config.gradient_checkpointing)
         width = trunk_width(self.trunk)

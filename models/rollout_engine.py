@@ -23,6 +23,7 @@ from models.prefix_cache import (
     RepeatedCache,
     cache_for,
     has_plain_caches,
+    lead_of,
     shares_ragged_prompts,
 )
 from token_attribution.trunk import Trunk
@@ -49,6 +50,7 @@ class _Prefill(NamedTuple):
     caches: list[Any]
     logits: mx.array  # (N, V) of the first token
     places: dict[int, int]  # prompt -> its index among the N
+    lead: int  # columns of plain caches before each prompt's first token: a soft prompt's
 
 
 class _Launched(NamedTuple):
@@ -192,7 +194,8 @@ class Engine:
             logits = self.trunk.head(mx.take_along_axis(states, last, axis=1))[:, 0]  # (N, V)
         else:
             logits = mx.take_along_axis(self.model(tokens, cache=caches), last, axis=1)[:, 0]
-        return _Prefill(caches, logits, {prompt: i for i, prompt in enumerate(prompts)})
+        lead = lead_of(caches, tokens.shape[1]) if has_plain_caches(caches) else 0
+        return _Prefill(caches, logits, {prompt: i for i, prompt in enumerate(prompts)}, lead)
 
     def _copy_prompts(self, rows: list[int]) -> mx.array:
         """Caches for rows of one prefill; the logits ``(n, V)`` of their first token."""
@@ -200,10 +203,10 @@ class Engine:
         picks = [prefill.places[self.rows[row]] for row in rows]
         if has_plain_caches(prefill.caches):
             prompts = [self.rows[row] for row in rows]
-            lengths = [len(self.prompts[prompt]) for prompt in prompts]
+            lengths = [prefill.lead + len(self.prompts[prompt]) for prompt in prompts]
             self._columns.enter(lengths, prompts)
             if not self._caches:
-                repeated = sum(lengths) - sum(len(self.prompts[prompt]) for prompt in set(prompts))
+                repeated = sum(lengths) - sum(dict(zip(prompts, lengths, strict=True)).values())
                 kind = cache_for(self.model, self.trunk, prefill.caches, repeated)
                 self._caches = [kind(self._columns, self.places) for _ in prefill.caches]
             for cache, prompt in zip(self._caches, prefill.caches, strict=True):

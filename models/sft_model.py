@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,15 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, save_config, save_model
+from mlx_lm.utils import _get_classes, load_model, save_config, save_model
 
 from base_setup.backend import compute_dtype
+from base_setup.new_tokens import add_tokens
 from base_setup.parameters import named_arrays
+from base_setup.pickled_tokenizer import FILE as PICKLED
+from base_setup.pickled_tokenizer import load_pickled_tokenizer
+from base_setup.quantized_base import quantize_base
+from base_setup.soft_prompt import soft_prompt_of
 from base_setup.tokenizer_setup import byte_tokenizer, check_vocabulary, end_token_ids
 from config.errors import CheckpointError, ModelLoadError
 from config.model_config import ModelConfig
@@ -34,6 +39,9 @@ class LanguageModel:
     tokenizer: TokenizerWrapper
     config: dict[str, Any]  # the contents of its config.json
     name: str
+    is_altered: bool = (
+        False  # made here, grown or quantised: what ``name`` loads is not this, so it has to be saved
+    )
 
 
 def load_language_model(config: TrainingConfig, field: str = "model_name") -> LanguageModel:
@@ -44,10 +52,12 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
             be read, or when its tokenizer does not fit.
     """
     if config.model_name == EMBEDDED:
-        return build_embedded(config.embedded_model, config.seed)
+        return _as_asked(build_embedded(config.embedded_model, config.seed), config)
     name = existing_model(config.model_name, field)
     try:
-        model, tokenizer, model_config = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
+        model, tokenizer, model_config = _read(name)
+    except ModelLoadError:
+        raise
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(
@@ -58,7 +68,36 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
     _fit_dtype(model)
     check_vocabulary(tokenizer, vocabulary_size(model, model_config), config.model_name)
     end_token_ids(tokenizer)
-    return loaded
+    return _as_asked(loaded, config)
+
+
+def _read(name: str) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """Model, tokenizer and config.json as mlx-lm reads them, and a tokenizer that is a pickled encoding as we do."""
+    pickled = Path(name) / PICKLED
+    if pickled.is_file() and not (Path(name) / "tokenizer.json").is_file():
+        tokenizer = load_pickled_tokenizer(pickled)
+        model, settings = load_model(Path(name))
+        return model, tokenizer, settings
+    model, tokenizer, settings = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
+    return model, tokenizer, settings
+
+
+def _as_asked(base: LanguageModel, config: TrainingConfig) -> LanguageModel:
+    """``base`` with new tokens and quantised, in place, where ``config`` asks for it."""
+    settings = base.config
+    if config.new_special_tokens:
+        settings = add_tokens(
+            base.model,
+            base.tokenizer,
+            settings,
+            config.new_special_tokens,
+            mean=config.init_new_embeddings_with_mean,
+            seed=config.seed,
+        )
+    settings = quantize_base(base.model, settings, config)
+    if settings is base.config:
+        return base
+    return replace(base, config=settings, is_altered=True)
 
 
 def existing_model(name: str, field: str = "model_name") -> str:
@@ -154,7 +193,7 @@ def build_embedded(architecture: ModelConfig, seed: int) -> LanguageModel:
     model.update(tree_unflatten(weights))
     mx.eval(model.parameters())
     wrapped = TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
-    return LanguageModel(model, wrapped, config, EMBEDDED)
+    return LanguageModel(model, wrapped, config, EMBEDDED, is_altered=True)
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -168,7 +207,16 @@ def share_weights(model: nn.Module) -> nn.Module:
 
 
 def save_language_model(language_model: LanguageModel, folder: Path) -> None:
-    """Write a whole model so that mlx-lm, and ``model_name=folder``, load it like any other."""
+    """Write a whole model so that mlx-lm, and ``model_name=folder``, load it like any other.
+
+    Raises:
+        CheckpointError: where it cannot be written, or has a soft prompt, which is no weight of a plain model.
+    """
+    if soft_prompt_of(language_model.model) is not None:
+        raise CheckpointError(
+            f"{folder}: the model has a soft prompt, and a plain model has no place for one; save the adapter "
+            "(PolicyModel.save) and load it with adapter_path"
+        )
     try:
         if folder.exists():
             # mlx-lm merges every model*.safetensors it finds, so a stale shard would override weights.

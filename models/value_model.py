@@ -32,7 +32,7 @@ class ValueModel:
     def __init__(self, base: LanguageModel, config: TrainingConfig) -> None:
         """A separate value network over ``base``, which stays as it is."""
         model = share_weights(base.model)
-        self.description = prepare_trainable(model, config.replace(adapter_path=None))
+        self.description = prepare_trainable(model, config.replace(adapter_path=None), base.tokenizer)
         model.eval()  # before anything is computed: dropout would tell the trunk's two halves from the whole
         self._attach(model, require_trunk(model, "a value network", checkpoint=config.gradient_checkpointing))
         self.shared = False

@@ -23,7 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from base_setup import backend
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config, within_memory
-from base_setup.parameters import count_parameters
+from base_setup.parameters import count_parameters, describe_trainable
 from base_setup.tokenizer_setup import check_vocabulary
 from checkpointing.stopping import StopRequest
 from checkpointing.store import CheckpointStore, Saved
@@ -40,7 +40,6 @@ from experience_buffer.data_structures import Experience, Prompt, Rollout
 from models.policy_model import FrozenPolicy, PolicyModel
 from models.rollout_policy import RolloutPolicy
 from models.sft_model import (
-    EMBEDDED,
     LanguageModel,
     load_language_model,
     save_language_model,
@@ -231,6 +230,8 @@ class PPOTrainer:
                 self._state = self._run_state(prepared)
                 progress = self._go_on_from(saved) if saved is not None else Progress(self.step)
                 with self._keeping_what_was_earned(folder):
+                    if self.config.verbose:
+                        print(describe_trainable(self.policy.model))
                     told("on_train_begin", self)
                     return self._run(prepared, num_epochs, num_steps, progress, told, stop)
         finally:
@@ -452,15 +453,15 @@ class PPOTrainer:
     def save_model(self, path: str | Path) -> None:
         """Write what was trained: an mlx-lm adapter folder, the value network in ``value/``, the config.
 
-        A base model that has no folder of its own is written too, to ``base/``, so that
-        ``mlx_lm.load(path/base, adapter_path=path)`` works.
+        A base model that has no folder of its own (embedded, grown, quantised on loading) is written too, to
+        ``base/``, so that ``mlx_lm.load(path/base, adapter_path=path)`` works.
         """
         path = Path(path)
         self.policy.save(path)
         if self.value_model is not None:
             self.value_model.save(path / "value")
         write_json(path / "ppo_config.json", self._provenance())
-        if self.policy.base.name == EMBEDDED:
+        if self.policy.base.is_altered:
             save_language_model(self.policy.base, path / "base")
 
     def load_model(self, path: str | Path) -> None:

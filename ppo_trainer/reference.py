@@ -31,7 +31,7 @@ def build_reference(policy: PolicyModel, config: PPOConfig, *, fresh: bool) -> F
                 "or name a model in reference_path"
             )
         return policy.frozen_copy(with_adapter=False, origin=f"{name}, adapters off")
-    if fresh and policy.has_adapter and not follows:
+    if fresh and policy.begins_as_base and not follows:
         return policy.frozen_copy(with_adapter=False, origin=f"{name}, adapters off (a fresh one is 0)")
     kind = "a frozen second adapter" if policy.has_adapter else "a frozen copy of every weight"
     loaded = f", loaded from {config.adapter_path}" if config.adapter_path else ""

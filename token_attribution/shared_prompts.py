@@ -30,6 +30,11 @@ class PromptKeys:
         self.offset = 0
         self.keys: mx.array | None = None  # (N, H, P, D)
         self.values: mx.array | None = None
+        self.lead = 0  # columns before each prompt's first token: a soft prompt's
+
+    def empty(self) -> bool:
+        """Whether nothing has been computed yet."""
+        return self.keys is None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keep them and hand them back."""
@@ -57,6 +62,7 @@ class ContinuedKeys:
         """
         assert prompts.keys is not None
         assert prompts.values is not None
+        lengths = lengths + prompts.lead
         self._width = prompts.keys.shape[2]
         self._grouping = grouping
         self.past_keys, self.past_values = prompts.keys, prompts.values  # (N, H, P, D)
@@ -128,6 +134,7 @@ class PromptSharing:
     def __init__(self, hidden: Callable[..., mx.array], make_cache: Callable[[], list[Any]]) -> None:
         self._hidden = hidden
         self._make_cache = make_cache
+        self._lead = 0  # as the test drive finds it
 
     def new_keys(self) -> list[PromptKeys]:
         """One for each layer."""
@@ -152,7 +159,7 @@ class PromptSharing:
         longest = 4 + short
         if not self._agrees([longest, longest]):
             return Ability()
-        beyond = [w for w in windows if w > _SHORT_WINDOW]
+        beyond = [w - self._lead for w in windows if w > _SHORT_WINDOW]
         return Ability(True, self._agrees([longest, 1]), min(beyond, default=None))
 
     @cached_property
@@ -168,6 +175,7 @@ class PromptSharing:
         prompts = np.where(np.arange(width) < np.array(lengths)[:, None], tokens[:, :width], 0)
         try:
             self._hidden(mx.array(prompts), cache=keys)
+            self._lead = keys[0].lead
             caches = [ContinuedKeys(k, np.arange(2), np.array(lengths), grouping) for k in keys]
             following = mx.array(tokens[:, width:])
             shared = self._hidden(following, cache=caches).astype(mx.float32)  # (2, 3, D)

@@ -19,6 +19,9 @@ from token_attribution.checkpointing import checkpointed
 from token_attribution.host_kernels import fast_kernels
 from token_attribution.shared_prompts import PromptSharing
 
+#: What architectures call their token embeddings.
+EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings")
+
 
 class Trunk(NamedTuple):
     """The two halves of a language model."""
@@ -36,8 +39,8 @@ def find_trunk(model: nn.Module, *, checkpoint: bool = False) -> Trunk | None:
 
     The functions look modules up when called, so adapters that are added later are seen.
     """
-    owner: Any = getattr(model, "language_model", model)  # multimodal models keep theirs inside
-    inner: Any = getattr(owner, "model", None) or getattr(owner, "transformer", None)
+    owner = _owner(model)
+    inner = inner_model(model)
     if inner is None:
         return None
 
@@ -53,6 +56,16 @@ def find_trunk(model: nn.Module, *, checkpoint: bool = False) -> Trunk | None:
         if _composes(model, hidden, head):
             return Trunk(hidden, head, head_module, PromptSharing(tried, lambda: make_prompt_cache(model)))
     return None
+
+
+def _owner(model: nn.Module) -> Any:
+    return getattr(model, "language_model", model)  # multimodal models keep theirs inside
+
+
+def inner_model(model: nn.Module) -> nn.Module | None:
+    """The part that turns ids into hidden states, where the structure shows it."""
+    owner = _owner(model)
+    return getattr(owner, "model", None) or getattr(owner, "transformer", None)
 
 
 @contextmanager
@@ -74,7 +87,7 @@ def _head_candidates(
     candidates: list[tuple[Callable[[mx.array], mx.array], Callable[[], nn.Module]]] = []
     if "lm_head" in owner:
         candidates.append((lambda h: owner["lm_head"](h), lambda: owner["lm_head"]))
-    for name in ("embed_tokens", "wte", "tok_embeddings"):
+    for name in EMBEDDINGS:
         if name in inner and hasattr(inner[name], "as_linear"):
             candidates.append(
                 (lambda h, name=name: inner[name].as_linear(h), lambda name=name: inner[name])  # type: ignore[misc]

@@ -20,9 +20,6 @@ NO_SPECULATION = Ignored(
 NO_QUANTISED_CACHE = Missing(
     "keys and values are not quantised here, so completions are sampled from the unquantised model"
 )
-NO_NEW_TOKENS = Missing(
-    "no tokens are added to the vocabulary here; tags are written with the tokens that there are"
-)
 ALWAYS_LOGGED = Ignored("every step is logged to metrics.jsonl")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from config.older.meanings import (
     NO_EVALUATION,
-    NO_NEW_TOKENS,
     NO_QUANTISED_CACHE,
     NO_SPECULATION,
     NO_TRACKER,
@@ -72,7 +71,7 @@ SYSTEM = System(
             "max_kv_size",
             Ignored("every completion has room for max_prompt_length + max_new_tokens keys and values"),
         ),
-        ("init_new_embeddings_with_mean", NO_NEW_TOKENS),
+        ("init_new_embeddings_with_mean", same("init_new_embeddings_with_mean")),
         ("learning_rate", Together(learning_rate_itself, "`learning_rate`")),
         ("lr_schedule_config", scheduled()),
         ("grad_clip_norm", or_off("max_grad_norm")),
@@ -127,7 +126,7 @@ SYSTEM = System(
         Flag("think_end_tag", False, "ends the thinking"),
         Flag("answer_start_tag", False, "opens the answer"),
         Flag("answer_end_tag", False, "ends the answer"),
-        Flag("init_new_embeddings_with_mean", True, "not available"),
+        Flag("init_new_embeddings_with_mean", True, "how the rows of new tokens begin"),
         Flag("lr_schedule_config", False, "JSON: name, arguments, warmup"),
         Flag("grad_clip_norm", False, "largest norm of the gradient; 0 = no limit"),
         Flag("optimizer_beta1", False, "decay of Adam's first moment"),

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from config.older.meanings import (
     ALWAYS_LOGGED,
     NO_EVALUATION,
-    NO_NEW_TOKENS,
     NO_SWITCH,
     NO_TRACKER,
     adapters_or_all,
@@ -223,10 +222,7 @@ SYSTEM = System(
             ("lora_scale_by_rank",),
             Ignored("the adapters' scale is always lora_alpha / lora_r"),
         ),
-        (
-            ("lora_target_modules",),
-            Missing("adapters are put on every linear layer of a block, whatever is listed"),
-        ),
+        ("lora_target_modules", same("lora_modules")),
         # generation
         (BIASES, Missing("biases on tags and phrases while sampling are not available yet; none is added")),
         (
@@ -286,7 +282,7 @@ SYSTEM = System(
             Ignored("a checkpoint always has the optimiser's state; without it no run goes on"),
         ),
         ("resume_from_checkpoint", same("resume")),
-        ("init_new_embeddings_with_mean", NO_NEW_TOKENS),
+        ("init_new_embeddings_with_mean", same("init_new_embeddings_with_mean")),
         (("evaluators", "benchmarks"), NO_EVALUATION),
     ),
 )

@@ -14,6 +14,7 @@ STOPPING = ("early_stopping", "target_kl")
 SCALING = ("use_score_scaling", "use_score_norm")
 REWARD = ("ground_truth_reward", "reward_model")
 DATA = ("data", "data_base")
+PROMPT = ("prompt_tuning", "num_prompt_tokens")
 
 
 def _batches(values: Values) -> Iterator[Ours | Said]:
@@ -96,6 +97,20 @@ def _data(values: Values) -> Iterator[Ours | Said]:
         yield Ours("train_path", folder, names)
 
 
+def _quantised(values: Values) -> Iterator[Ours | Said]:
+    if values.switch("quantize"):
+        yield Ours("quantize_base", 4, ("quantize",))
+
+
+def _soft_prompt(values: Values) -> Iterator[Ours | Said]:
+    if values.switch("prompt_tuning"):
+        names = values.present(*PROMPT)
+        yield Ours("fine_tune_type", "soft_prompt", names)
+        yield Ours("soft_prompt_tokens", values.whole("num_prompt_tokens", 10), names)
+    else:
+        yield Said(("num_prompt_tokens",), "it is read with prompt_tuning only, there as here")
+
+
 def _adapter(values: Values, name: str) -> str:
     path: str = values.text(name)
     return path.rpartition("/")[0] if path.endswith((".npz", ".safetensors")) and "/" in path else path
@@ -113,14 +128,8 @@ SYSTEM = System(
     settings=table(
         ("model", same("model_name")),
         ("tokenizer", Ignored("the model's own tokenizer is used")),
-        (
-            "quantize",
-            Missing("a model is not quantised while it is loaded: give one that is (mlx_lm.convert -q)"),
-        ),
-        (
-            ("prompt_tuning", "num_prompt_tokens"),
-            Missing("soft prompts are not available yet; adapters train"),
-        ),
+        ("quantize", Together(_quantised, "`quantize_base` = 4")),
+        (PROMPT, Together(_soft_prompt, "`fine_tune_type` = soft_prompt, `soft_prompt_tokens`")),
         (
             "use_peft",
             Ignored("adapters train unless fine_tune_type = full; there it was accepted and not read"),
@@ -152,9 +161,9 @@ SYSTEM = System(
     flags=(
         Flag("model", False, "the model, a folder or a Hugging Face name"),
         Flag("tokenizer", False, "the model's own is used"),
-        Flag("quantize", True, "not available: give a quantised model"),
-        Flag("prompt_tuning", True, "not available yet"),
-        Flag("num_prompt_tokens", False, "not available yet"),
+        Flag("quantize", True, "pack the base into 4 bits while it is loaded"),
+        Flag("prompt_tuning", True, "train a soft prompt in place of adapters"),
+        Flag("num_prompt_tokens", False, "vectors of the soft prompt"),
         Flag("use_peft", True, "accepted, and not read"),
         Flag("me_chatbot", True, "not available yet"),
         Flag("ground_truth_reward", True, "score increasing even numbers"),

@@ -120,10 +120,7 @@ TRL = System(
         (("eval_steps", "eval_strategy"), NO_EVALUATION),
         (("use_vllm", "vllm_mode", "torch_compile", "dataloader_num_workers"), NO_SWITCH),
         (("use_peft",), Ignored("fine_tune_type says it")),
-        (
-            "lora_target_modules",
-            Missing("adapters are put on every linear layer of a block, whatever is listed"),
-        ),
+        ("lora_target_modules", same("lora_modules")),
     ),
 )
 
@@ -143,7 +140,7 @@ def _adapters(values: Values) -> Iterator[Ours | Said]:
             values.refuse("lora_parameters", "a number for rank and for scale")
         yield Ours("lora_alpha", scale * rank, names)
     if "keys" in given:
-        yield Said(names, "keys: adapters are put on every linear layer of a block", loud=True)
+        yield Ours("lora_modules", given["keys"], names)
 
 
 MLX_LM = System(
@@ -155,7 +152,10 @@ MLX_LM = System(
         ("data", same("train_path")),
         ("iters", same("num_steps")),
         ("num_layers", same("lora_layers")),
-        ("lora_parameters", Together(_adapters, "`lora_r`, `lora_alpha` = scale · rank, `lora_dropout`")),
+        (
+            "lora_parameters",
+            Together(_adapters, "`lora_r`, `lora_alpha` = scale · rank, `lora_dropout`, `lora_modules`"),
+        ),
         ("learning_rate", Together(learning_rate_itself, "`learning_rate`")),
         ("lr_schedule", Together(_mlx_lm_schedule, SCHEDULED)),
         (

@@ -133,7 +133,7 @@ def test_mlx_rlhf_from_digits_to_ppo(models: Path, command: Callable[..., Any]) 
     assert (config["rewards"], config["adapter_path"]) == (["learned:runs/reward/final"], "runs/sft/final")
 
 
-def test_soft_prompts_are_said_to_be_missing(models: Path, command: Callable[..., Any]) -> None:
+def test_soft_prompts_train_where_they_are_asked_for(models: Path, command: Callable[..., Any]) -> None:
     words = (
         "sft",
         "--from",
@@ -144,7 +144,9 @@ def test_soft_prompts_are_said_to_be_missing(models: Path, command: Callable[...
         "--model",
         "base_model",
     )
-    assert "WARNING: " in command(*words, "--lora-layers", "1", "--dry-run").err
+    result = command(*words, "--lora-layers", "1", "--dry-run")
+    assert "WARNING: " not in result.err
+    assert "a soft prompt of 10 vectors trains" in result.out
     strict = command(*words, "--strict")
     assert strict.code == 2
     assert "soft prompts are not available yet" in strict.err

@@ -80,8 +80,9 @@ def test_something_reads_every_field() -> None:
         if (ROOT / package).exists():
             read |= _attributes_read(package, of=("config", "options", "_config", "shared"))
     # Properties of the config stand for the fields that they are made of.
-    tree = ast.parse((ROOT / "config" / "ppo_config.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    files = [ROOT / "config" / name for name in ("ppo_config.py", "training_config.py")]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    for node in [node for tree in trees for node in ast.walk(tree)]:
         if isinstance(node, ast.FunctionDef) and node.name in read:
             inner = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
             read |= inner | {
