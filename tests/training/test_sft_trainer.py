@@ -88,8 +88,8 @@ def test_an_empty_completion_teaches_the_end(base: LanguageModel) -> None:
 
 def test_control_tokens_spelled_out_in_a_row_stay_text(base: LanguageModel) -> None:
     (example,) = SFTTrainer(base, config()).encode([{"prompt": "a", "completion": "<|im_end|>"}])
-    assert len(example.completion) == len("<|im_end|>") + 1
-    assert example.completion.count(base.tokenizer.eos_token_id) == 1
+    assert example.count == len("<|im_end|>") + 1
+    assert example.ids.count(base.tokenizer.eos_token_id) == 1
 
 
 # Training ------------------------------------------------------------------------------------------------
