@@ -19,6 +19,16 @@ from config.declaration import (
 from config.training_config import TrainingConfig
 
 
+#: Options of ``PreferenceConfig`` that not every algorithm reads, and which do.
+READ_BY = {
+    "label_smoothing": ("dpo",),
+    "target_margin": ("simpo",),
+    "nll_weight": ("cpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+
+
 @declared
 class SupervisedConfig(TrainingConfig):
     """What the supervised stages share."""
@@ -125,3 +135,18 @@ class PreferenceConfig(SupervisedConfig):
     undesirable_weight: PositiveFloat | None = option(
         default=None, meaning="KTO: weight of a bad answer (lambda U); none = 1."
     )
+
+    @model_validator(mode="after")
+    def _algorithm_reads_what_is_set(self) -> PreferenceConfig:
+        for name, readers in READ_BY.items():
+            if getattr(self, name) is not None and self.algorithm not in readers:
+                raise ValueError(
+                    f"{name}: {self.algorithm} has no use for it ({', '.join(readers)} has); leave it out, or choose "
+                    "another algorithm"
+                )
+        if self.algorithm == "kto" and self.batch_size < 2:
+            raise ValueError(
+                f"batch_size: kto measures its KL on each other's prompts, so at least 2 is needed, found "
+                f"{self.batch_size}"
+            )
+        return self

@@ -16,7 +16,7 @@ import numpy as np
 
 from base_setup.lora_setup import fuse_adapters
 from base_setup.tokenizer_setup import encode_pair
-from config.errors import DataLoadError, InvalidConfigurationError
+from config.errors import DataLoadError
 from config.supervised_config import PreferenceConfig
 from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel
@@ -25,7 +25,6 @@ from training.model_trainer import ModelTrainer
 from training.preference_algorithms import (
     PREFERENCE_ALGORITHMS,
     Answers,
-    PreferenceAlgorithm,
     kto,
     kto_baseline,
 )
@@ -58,43 +57,21 @@ class Prepared(NamedTuple):
     baseline: float  # z0 of KTO
 
 
-def resolved_options(config: PreferenceConfig, algorithm: PreferenceAlgorithm) -> dict[str, float]:
-    """The algorithm's options, its own values where nobody set one.
-
-    Raises:
-        InvalidConfigurationError: an option was set that this algorithm does not read.
-    """
-    every = {name for row in PREFERENCE_ALGORITHMS.values() for name in row.options}
-    for name in sorted(every - algorithm.options.keys()):
-        if getattr(config, name) is not None:
-            of = ", ".join(row.name for row in PREFERENCE_ALGORITHMS.values() if name in row.options)
-            raise InvalidConfigurationError(
-                f"{name}: {algorithm.name} has no use for it ({of} has); leave it out, or choose another algorithm"
-            )
-    given = {name: getattr(config, name) for name in algorithm.options}
-    return {name: algorithm.options[name] if value is None else value for name, value in given.items()}
-
-
 class PreferenceTrainer:
     """Minimises the mean over rows of ``algorithm.loss``.
 
     Attributes:
         policy: what is trained. reference: the policy before the first step; None where the algorithm has none.
-        options: the algorithm's, resolved.
-
-    Raises:
-        InvalidConfigurationError: for an option that the algorithm does not read, or KTO with single rows.
+        options: what the algorithm reads, its own values where nobody set one.
     """
 
     def __init__(self, base: LanguageModel, config: PreferenceConfig) -> None:
         self.config = config
         self.algorithm = PREFERENCE_ALGORITHMS[config.algorithm]
-        self.options = resolved_options(config, self.algorithm)
-        if not self.algorithm.learns_from_pairs and config.batch_size < 2:
-            raise InvalidConfigurationError(
-                f"batch_size: {self.algorithm.name} measures its KL on each other's prompts, so at least 2 is needed, "
-                f"found {config.batch_size}"
-            )
+        given = {name: getattr(config, name) for name in self.algorithm.options}
+        self.options = {
+            name: self.algorithm.options[name] if value is None else value for name, value in given.items()
+        }
         self.policy = PolicyModel(base, config)
         fresh = self.policy.has_adapter and config.adapter_path is None
         self.reference = (
