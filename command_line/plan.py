@@ -54,9 +54,7 @@ def training_plan(config: PPOConfig, data: DataSplits, rewards: RewardSet, *, dr
     return _table([*lines, ("memory", _memory(predict(model_config(config), measured, critic=critic)))])
 
 
-def supervised_plan(
-    stage: str, config: SupervisedConfig, data: DataSplits, *, dry: bool
-) -> list[str]:
+def supervised_plan(stage: str, config: SupervisedConfig, data: DataSplits, *, dry: bool) -> list[str]:
     """The plan of ``sft``, ``reward-model`` and ``preference``.
 
     Raises:

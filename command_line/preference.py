@@ -27,7 +27,9 @@ def _check(config: Any, rows: Any) -> None:
 
 def _judge(trainer: Any, metrics: dict[str, float], rows: Any, folder: Path) -> Lines:
     loss, accuracy, margin = (metrics[f"validation/{name}"] for name in ("loss", "accuracy", "margin"))
-    return [f"validation loss {loss:.4f}, {accuracy:.1%} of the rows in the right order, margin {margin:+.3f}"]
+    return [
+        f"validation loss {loss:.4f}, {accuracy:.1%} of the rows in the right order, margin {margin:+.3f}"
+    ]
 
 
 STAGE = Stage(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from config.declaration import (
     AtLeastTwo,
@@ -17,7 +17,6 @@ from config.declaration import (
     option,
 )
 from config.training_config import TrainingConfig
-
 
 #: Options of ``PreferenceConfig`` that not every algorithm reads, and which do.
 READ_BY = {
@@ -105,6 +104,20 @@ class RewardModelConfig(SupervisedConfig):
 
 
 @declared
+class ProcessRewardConfig(SupervisedConfig):
+    """Options of ``ProcessRewardTrainer``: a score for each step of an answer, from steps labelled right or wrong."""
+
+    num_steps: PositiveInt = option(
+        section="batches", default=200, meaning="Optimiser steps; a step sees batch_size answers."
+    )
+    step_separator: Annotated[str, Field(min_length=1)] = option(
+        section="scores",
+        default="\n",
+        meaning="Text that ends each step of an answer; the score is read at its last token.",
+    )
+
+
+@declared
 class PreferenceConfig(SupervisedConfig):
     """Options of ``PreferenceTrainer``: DPO and its family, learning from preferences without RL."""
 
@@ -121,7 +134,8 @@ class PreferenceConfig(SupervisedConfig):
         meaning="Strength of the preference (beta; tau in IPO, lambda in ORPO); none = the algorithm's.",
     )
     label_smoothing: BelowOne | None = option(
-        default=None, meaning="DPO: share of pairs that are taken to be labelled the wrong way round; none = 0."
+        default=None,
+        meaning="DPO: share of pairs that are taken to be labelled the wrong way round; none = 0.",
     )
     target_margin: NonNegativeFloat | None = option(
         default=None, meaning="SimPO: lead that the chosen answer should have (gamma); none = 1."

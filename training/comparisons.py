@@ -88,9 +88,7 @@ class Partners:
         place = int(np.searchsorted(self._rewards, answer.reward))
         around = [self._rewards[i] for i in (place - 1, place + 1) if 0 <= i < len(self._rewards)]
         least = min(abs(reward - answer.reward) for reward in around)
-        group = [
-            one for r in around if abs(r - answer.reward) == least for one in self._by_reward[float(r)]
-        ]
+        group = [one for r in around if abs(r - answer.reward) == least for one in self._by_reward[float(r)]]
         return group[int(generator.integers(len(group)))]
 
 

@@ -207,9 +207,7 @@ class PreferenceTrainer:
         tokens, mask = pad_sequences([a.prompt for a in answers], [a.completion for a in answers])
         return mx.sum(model.logprobs(tokens, mask), axis=1)
 
-    def _loss(
-        self, part: Sequence[Comparison], prepared: Prepared, count: int
-    ) -> tuple[mx.array, mx.array]:
+    def _loss(self, part: Sequence[Comparison], prepared: Prepared, count: int) -> tuple[mx.array, mx.array]:
         """The part's share of the mean over ``count`` rows, and the worth of each answer (rows, answers)."""
         sides = len(part[0].answers)
         answers = [row.answers[side] for side in range(sides) for row in part]  # all sides in one forward
@@ -227,7 +225,9 @@ class PreferenceTrainer:
         else:
             good = mx.array([row.good for row in part])
             losses = kto(found[0], good, mx.array(prepared.baseline), self.options)
-        worth = mx.stack([mx.stop_gradient(self.algorithm.worth(side, self.options)) for side in found], axis=1)
+        worth = mx.stack(
+            [mx.stop_gradient(self.algorithm.worth(side, self.options)) for side in found], axis=1
+        )
         return mx.sum(losses) / count, worth
 
     def _shown(self, batch: Sequence[Comparison], worth: np.ndarray, prepared: Prepared) -> dict[str, float]:

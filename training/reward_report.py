@@ -122,14 +122,14 @@ def reward_report(scores: np.ndarray, lengths: np.ndarray, pairs: np.ndarray) ->
         calibration=bins,
         length_correlation=_pearson(scores, lengths),
         longer_is_better=float((longer[differ] > 0).mean()) if differ.any() else None,
-        longer_scores_higher=float((np.sign(margins[differ]) * longer[differ] > 0).mean())
-        if differ.any()
-        else None,
+        longer_scores_higher=(
+            float((np.sign(margins[differ]) * longer[differ] > 0).mean()) if differ.any() else None
+        ),
     )
 
 
 def calibration(margins: np.ndarray) -> tuple[float, tuple[Bin, ...]]:
-    """Expected calibration error over ``BINS`` equal bins of confidence from ½ to 1, and the bins that are not empty."""
+    """Expected calibration error over ``BINS`` equal bins of confidence from ½ to 1; the bins not empty."""
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + 0.5 * (margins == 0)
     which = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)

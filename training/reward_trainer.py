@@ -62,7 +62,9 @@ class RewardTrainer:
         for i, row in enumerate(rows):
             place = place_of(rows, i, NAME)
             if _kind(row) != first:
-                raise DataLoadError(f"{place}: a row of {_kind(row)} among rows of {first}; give one kind only")
+                raise DataLoadError(
+                    f"{place}: a row of {_kind(row)} among rows of {first}; give one kind only"
+                )
             answers = [
                 (self._ids(place, {**row, "answer": text} if name is None else row, name or "answer"), reward)
                 for name, text, reward in _answers(place, row)
@@ -167,7 +169,9 @@ class RewardTrainer:
         return self._report(self._encoded(rows))
 
     def _report(self, encoded: Sequence[tuple[Ranking, list[int]]]) -> RewardReport:
-        lengths = {id(a): n for ranking, counts in encoded for a, n in zip(ranking.answers, counts, strict=True)}
+        lengths = {
+            id(a): n for ranking, counts in encoded for a, n in zip(ranking.answers, counts, strict=True)
+        }
         rankings = [ranking for ranking, _ in encoded]
         if all(len(ranking.answers) == 1 for ranking in rankings):
             rankings = lists_of([ranking.answers[0] for ranking in rankings], self.config.list_size)
@@ -201,7 +205,9 @@ def _answers(place: str, row: Row) -> list[tuple[str | None, Any, float]]:
     if "chosen" in row:
         margin = _number(place, row, "margin") if "margin" in row else 1.0
         if margin <= 0:
-            raise DataLoadError(f'{place}: "margin" must be above 0, found {margin:g}; exchange the two answers')
+            raise DataLoadError(
+                f'{place}: "margin" must be above 0, found {margin:g}; exchange the two answers'
+            )
         return [("chosen", None, margin), ("rejected", None, 0.0)]
     if "completions" not in row:
         return [("completion", None, _number(place, row, "reward"))]
@@ -211,7 +217,10 @@ def _answers(place: str, row: Row) -> list[tuple[str | None, Any, float]]:
         raise DataLoadError(
             f'{place}: "completions" must be a list of two answers or more, best first or with as many "rewards"'
         )
-    return [(None, text, _number(place, {"rewards": r}, "rewards")) for text, r in zip(texts, rewards, strict=True)]
+    return [
+        (None, text, _number(place, {"rewards": r}, "rewards"))
+        for text, r in zip(texts, rewards, strict=True)
+    ]
 
 
 def _number(place: str, row: Row, name: str) -> float:

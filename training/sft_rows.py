@@ -77,7 +77,9 @@ class Layout(NamedTuple):
 
     tokens: mx.array  # (B, T+1) int32
     mask: mx.array  # (B, T) bool: the next token is learned
-    segments: mx.array | None = None  # (B, T) int32, which example of its row each token is of; None: one a row
+    segments: mx.array | None = (
+        None  # (B, T) int32, which example of its row each token is of; None: one a row
+    )
 
 
 def padded(examples: Sequence[Example]) -> Layout:
@@ -95,10 +97,14 @@ def packed(examples: Sequence[Example], capacity: int) -> list[Layout]:
     for row in fill_rows([len(e.ids) for e in examples], capacity):
         chosen = [examples[i] for i in row]
         ids = [token for e in chosen for token in e.ids]
-        learned = [flag for e in chosen for flag in e.learned]  # the first of each is not, so none crosses over
+        learned = [
+            flag for e in chosen for flag in e.learned
+        ]  # the first of each is not, so none crosses over
         segments = np.repeat(np.arange(len(chosen)), [len(e.ids) for e in chosen])
         whole = padded([Example(ids, learned)])
-        layouts.append(whole._replace(segments=mx.array(segments[None, : whole.mask.shape[1]].astype(np.int32))))
+        layouts.append(
+            whole._replace(segments=mx.array(segments[None, : whole.mask.shape[1]].astype(np.int32)))
+        )
     return layouts
 
 

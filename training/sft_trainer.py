@@ -127,7 +127,9 @@ class SFTTrainer:
         trunk = self.policy.trunk
         assert trunk is not None
         states = packed_hidden(trunk, len(self.policy.model.layers), tokens[:, :-1], segments)
-        return read_states(picked_states(states, mask), trunk, tokens, for_gradient=self.policy.model.training).logprobs
+        return read_states(
+            picked_states(states, mask), trunk, tokens, for_gradient=self.policy.model.training
+        ).logprobs
 
     @property
     def language_model(self) -> LanguageModel:

@@ -61,7 +61,7 @@ def test_a_reward_model_is_reported_on_and_scores_in_a_fresh_process(
         "model = RewardModel.load('run/final')\nprint(model(['10 ', '12 '], ['12', 'x']))\n"
         f"common = dict(model_name='embedded', embedded_model={TINY!r}, max_new_tokens=4, verbose=False, "
         "batch_size=2, num_steps=1, log_samples_every=0)\n"
-        "for i, how in enumerate(({'reward_model': 'run/final'}, {'rewards': {'learned:run/final': 1}})):\n"
+        "for i, how in enumerate(({'reward_model': 'run/final'}, {'reward_model': {'learned:run/final': 1}})):\n"
         "    config = PPOConfig(**common, output_dir=f'rl{i}')\n"
         "    trainer = PPOTrainer(config, **how)\n"
         "    print(trainer.train([{'prompt': '10 '}, {'prompt': '12 '}])['reward'])\n"
@@ -85,7 +85,16 @@ def test_a_reward_model_is_reported_on_and_scores_in_a_fresh_process(
 
 def test_sft_packs_stops_early_and_says_its_perplexity(workplace: Path, command: Callable[..., Any]) -> None:
     words = ("--train-path", "pairs.jsonl", "--validation-fraction", "0.3", "--output-dir", "run")
-    stopping = ("--eval-every", "1", "--early-stopping-patience", "2", "--num-steps", "40", "--batch-size", "8")
+    stopping = (
+        "--eval-every",
+        "1",
+        "--early-stopping-patience",
+        "2",
+        "--num-steps",
+        "40",
+        "--batch-size",
+        "8",
+    )
     done = command("sft", *MODEL, *words, *stopping, "--packing", "--loss-on", "text", "--lora-dropout", "0")
     assert done.code == 0, done.err
     lines = read_metrics(workplace / "run" / "metrics.jsonl")

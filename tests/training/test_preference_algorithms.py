@@ -92,9 +92,9 @@ def test_value_and_gradient_are_the_papers(name: str) -> None:
 def test_likelier_chosen_and_unlikelier_rejected_answers_cost_less(name: str) -> None:
     """The sign: at the start of training every algorithm pushes the two apart (IPO, until its target)."""
     options = PREFERENCE_ALGORITHMS[name].options
-    chosen, rejected = mx.grad(
-        lambda c, r: mx.sum(losses_of(name, c, r, dict(options))), argnums=(0, 1)
-    )(array(REF_C), array(REF_R))
+    chosen, rejected = mx.grad(lambda c, r: mx.sum(losses_of(name, c, r, dict(options))), argnums=(0, 1))(
+        array(REF_C), array(REF_R)
+    )
     assert (np.array(chosen) < 0).all()
     assert (np.array(rejected) > 0).all()
 
@@ -103,9 +103,9 @@ def test_ipo_is_content_at_its_target_and_pushes_back_beyond() -> None:
     start = Answers(array([0.0]), array([0.0]), array([1.0]))
     for lead, sign in ((4.9, -1), (5.0, 0), (5.1, 1)):  # 1 / (2 · 0.1) = 5
         gradient = mx.grad(
-            lambda c: PREFERENCE_ALGORITHMS["ipo"].loss(  # type: ignore[misc]
-                start._replace(logprobs=c), start, {"preference_beta": 0.1}
-            ).sum()
+            lambda c: PREFERENCE_ALGORITHMS["ipo"]
+            .loss(start._replace(logprobs=c), start, {"preference_beta": 0.1})  # type: ignore[misc]
+            .sum()
         )(array([lead]))
         assert np.sign(np.round(gradient.item(), 4)) == sign
 
@@ -116,7 +116,9 @@ def test_cpo_without_its_sft_term_is_dpo_against_a_uniform_reference() -> None:
     assert dpo_row is not None
     assert cpo_row is not None
     theirs = dpo_row(*flat, {"preference_beta": 0.2, "label_smoothing": 0.0})
-    assert np.allclose(np.array(cpo_row(*flat, {"preference_beta": 0.2, "nll_weight": 0.0})), np.array(theirs))
+    assert np.allclose(
+        np.array(cpo_row(*flat, {"preference_beta": 0.2, "nll_weight": 0.0})), np.array(theirs)
+    )
 
 
 KTO = {"preference_beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.8}

@@ -117,7 +117,9 @@ def digit_pairs(count: int, seed: int) -> list[dict[str, str]]:
     rng = np.random.default_rng(seed)
     letters, digits, prompts = "abcdef", "123456", "uvwxyz"
     pick = lambda kind: "".join(rng.choice(list(kind), size=3))  # noqa: E731
-    return [{"prompt": pick(prompts), "chosen": pick(letters), "rejected": pick(digits)} for _ in range(count)]
+    return [
+        {"prompt": pick(prompts), "chosen": pick(letters), "rejected": pick(digits)} for _ in range(count)
+    ]
 
 
 @ALL
@@ -161,7 +163,9 @@ def test_the_reference_of_a_fresh_adapter_is_the_base_and_stays(base: LanguageMo
     assert not np.allclose(theirs, np.array(trainer.policy.logprobs(tokens, mask)), atol=1e-4)
 
 
-def test_the_reference_of_a_loaded_adapter_is_the_policy_as_it_begins(base: LanguageModel, tmp_path: Any) -> None:
+def test_the_reference_of_a_loaded_adapter_is_the_policy_as_it_begins(
+    base: LanguageModel, tmp_path: Any
+) -> None:
     options = {"fine_tune_type": "lora", "num_steps": 3, "learning_rate": 1e-2, "lora_dropout": 0.0}
     first = trainer_of(base, "dpo", **options)
     first.train(PAIRS)
@@ -226,25 +230,40 @@ def test_options_that_cannot_work_are_refused(
     ("name", "rows", "sentence"),
     [
         ("dpo", [], "preference rows: the list is empty"),
-        ("dpo", [{"prompt": "a", "completion": "b", "reward": 1}], r'preference rows\[0\]: dpo learns from pairs'),
-        ("ipo", [PAIRS[0], {"prompt": "a", "chosen": "b"}], r'preference rows\[1\]: "rejected" must be a string'),
-        ("dpo", [{"prompt": "", "chosen": "b", "rejected": "c"}], r"preference rows\[0\]: the prompt is empty"),
+        (
+            "dpo",
+            [{"prompt": "a", "completion": "b", "reward": 1}],
+            r"preference rows\[0\]: dpo learns from pairs",
+        ),
+        (
+            "ipo",
+            [PAIRS[0], {"prompt": "a", "chosen": "b"}],
+            r'preference rows\[1\]: "rejected" must be a string',
+        ),
+        (
+            "dpo",
+            [{"prompt": "", "chosen": "b", "rejected": "c"}],
+            r"preference rows\[0\]: the prompt is empty",
+        ),
         ("kto", [PAIRS[0]], "there is one prompt only"),
         ("kto", [{"prompt": "a", "completion": "b", "reward": "x"}], r'"label" must be true or false'),
         ("dpo", [{"prompt": "a" * 2000, "chosen": "b", "rejected": "c"}], "max_sequence_length is 1024"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(
-    base: LanguageModel, name: str, rows: Any, sentence: str
-) -> None:
+def test_a_row_that_cannot_be_used_is_named(base: LanguageModel, name: str, rows: Any, sentence: str) -> None:
     with pytest.raises(DataLoadError, match=sentence):
         trainer_of(base, name).train(rows)
 
 
 def test_kto_reads_labels_rewards_and_pairs_alike(base: LanguageModel) -> None:
     trainer = trainer_of(base, "kto")
-    by_label = [{"prompt": p, "completion": c, "label": g} for p, c, g in (("a", "x", True), ("b", "y", False))]
-    by_reward = [{"prompt": "a", "completion": "x", "reward": 2}, {"prompt": "b", "completion": "y", "reward": "-1"}]
+    by_label = [
+        {"prompt": p, "completion": c, "label": g} for p, c, g in (("a", "x", True), ("b", "y", False))
+    ]
+    by_reward = [
+        {"prompt": "a", "completion": "x", "reward": 2},
+        {"prompt": "b", "completion": "y", "reward": "-1"},
+    ]
     assert [c[1:] for c in trainer.encode(by_label)] == [c[1:] for c in trainer.encode(by_reward)]
     goods = [c.good for c in trainer.encode(PAIRS)]
     assert goods == [True, False] * 3

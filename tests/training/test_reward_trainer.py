@@ -340,9 +340,7 @@ def test_a_ranked_list_is_every_comparison_in_it(base: LanguageModel) -> None:
 def test_scored_answers_one_at_a_time_are_compared_all_the_same(base: LanguageModel, pairing: str) -> None:
     trainer = trainer_of(base, batch_size=1, num_steps=4, pairing=pairing, learning_rate=1e-2)
     losses: list[float] = []
-    trainer.train(
-        scored(["a", "b", "c"], [1, 2, 3]), lambda _, metrics: losses.append(metrics["loss"])
-    )
+    trainer.train(scored(["a", "b", "c"], [1, 2, 3]), lambda _, metrics: losses.append(metrics["loss"]))
     assert min(losses) > 0
     assert 0 <= trainer.accuracy(scored(["a", "b", "c"], [1, 2, 3])) <= 1
 
@@ -387,10 +385,15 @@ def test_early_stopping_keeps_the_best_weights(base: LanguageModel) -> None:
         ([PAIRS[0], *scored("a", [1])], r"\[1\]: a row of scored answers among rows of pairs"),
         ([{**PAIRS[0], "margin": -1}], r'\[0\]: "margin" must be above 0, found -1'),
         ([{"prompt": "q", "completions": ["a"]}], r'\[0\]: "completions" must be a list of two answers'),
-        ([{"prompt": "q", "completions": ["a", "b"], "rewards": [1]}], r'"completions" must be a list of two'),
+        (
+            [{"prompt": "q", "completions": ["a", "b"], "rewards": [1]}],
+            r'"completions" must be a list of two',
+        ),
         ([{"prompt": "q", "completions": ["a", "b"], "rewards": [1, "x"]}], r'"rewards" must be a finite'),
     ],
 )
-def test_lists_and_margins_that_cannot_be_used_are_named(base: LanguageModel, rows: Any, sentence: str) -> None:
+def test_lists_and_margins_that_cannot_be_used_are_named(
+    base: LanguageModel, rows: Any, sentence: str
+) -> None:
     with pytest.raises(DataLoadError, match=sentence):
         trainer_of(base).train(rows)
