@@ -17,7 +17,8 @@ Written by `./run python -m config.reference > docs/configuration.md` from the d
 the two equal.
 
 A run is described by one config: `PPOConfig` (PPO, GRPO and their family), `SFTConfig`,
-`RewardModelConfig`, `ProcessRewardConfig` or `PreferenceConfig`. Its values come from, each one winning over those before it:
+`RewardModelConfig`, `ProcessRewardConfig` or `PreferenceConfig`. Its
+values come from, each one winning over those before it:
 
 | | |
 |---|---|
