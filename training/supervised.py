@@ -46,7 +46,7 @@ def shuffled_batches(
 
 def split(rows: Sequence[Row], size: int | None) -> list[Sequence[Row]]:
     """Consecutive micro-batches of at most ``size`` rows."""
-    size = size or len(rows)
+    size = size or max(len(rows), 1)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
