@@ -68,10 +68,16 @@ class PreferenceTrainer:
     def __init__(self, base: LanguageModel, config: PreferenceConfig) -> None:
         self.config = config
         self.algorithm = PREFERENCE_ALGORITHMS[config.algorithm]
-        given = {name: getattr(config, name) for name in self.algorithm.options}
-        self.options = {
-            name: self.algorithm.options[name] if value is None else value for name, value in given.items()
+        given = {
+            "preference_beta": config.preference_beta,
+            "label_smoothing": config.label_smoothing,
+            "target_margin": config.target_margin,
+            "nll_weight": config.nll_weight,
+            "desirable_weight": config.desirable_weight,
+            "undesirable_weight": config.undesirable_weight,
         }
+        set_here = {name: value for name, value in given.items() if value is not None}
+        self.options = {name: set_here.get(name, own) for name, own in self.algorithm.options.items()}
         self.policy = PolicyModel(base, config)
         fresh = self.policy.has_adapter and config.adapter_path is None
         self.reference = (
