@@ -15,7 +15,7 @@ from base_setup.memory_estimate import read_config
 from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import SupervisedConfig
 from config.training_config import TrainingConfig
 from data_loading.loading import DataSplits, load_data, load_prompts
 from data_loading.prepared_prompts import PreparedPrompts
@@ -125,7 +125,7 @@ def prompt_lengths(config: PPOConfig, rows: Any, *, every: bool) -> list[int]:
     return [len(prompt.ids) for prompt in prompts]
 
 
-def row_lengths(config: SFTConfig | RewardModelConfig, rows: Any, *, every: bool) -> list[int]:
+def row_lengths(config: SupervisedConfig, rows: Any, *, every: bool) -> list[int]:
     """Tokens of prompt and (longest) answer of each row; of a large file's first ones, unless ``every``.
 
     Raises:

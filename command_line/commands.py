@@ -8,6 +8,7 @@ from command_line.evaluate import EVALUATE
 from command_line.explaining import EXPLAIN
 from command_line.generate_config import GENERATE_CONFIG
 from command_line.parsing import Command
+from command_line.preference import PREFERENCE
 from command_line.preprocess import PREPROCESS
 from command_line.rewards import REWARDS
 from command_line.runs import RUNS
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Command] = {
         PREPROCESS,
         SFT,
         REWARD_MODEL,
+        PREFERENCE,
         TRAIN,
         RUNS,
         EVALUATE,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from base_setup.memory_estimate import GB, MemoryEstimate, describe, predict
 from command_line.checks import COUNTED_ROWS, model_config, prompt_lengths, row_lengths
 from config.ppo_config import PPOConfig
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, RewardModelConfig, SupervisedConfig
 from config.training_config import TrainingConfig
 from data_loading.loading import DataSplits
 from ppo_trainer.algorithms import find_algorithm
@@ -54,10 +54,8 @@ def training_plan(config: PPOConfig, data: DataSplits, rewards: RewardSet, *, dr
     return _table([*lines, ("memory", _memory(predict(model_config(config), measured, critic=critic)))])
 
 
-def supervised_plan(
-    stage: str, config: SFTConfig | RewardModelConfig, data: DataSplits, *, dry: bool
-) -> list[str]:
-    """The plan of ``sft`` and ``reward-model``.
+def supervised_plan(stage: str, config: SupervisedConfig, data: DataSplits, *, dry: bool) -> list[str]:
+    """The plan of ``sft``, ``reward-model`` and ``preference``.
 
     Raises:
         DataLoadError: a row cannot be used; with ``dry`` every one is looked at.
@@ -79,15 +77,16 @@ def supervised_plan(
     )
 
 
-def supervised_memory(config: SFTConfig | RewardModelConfig, longest: int) -> MemoryEstimate:
+def supervised_memory(config: SupervisedConfig, longest: int) -> MemoryEstimate:
     """The estimate of a gradient pass over rows of ``longest`` tokens each: no rollouts, no reference.
 
-    In SFT half of a row is taken to be completion, whose logits are needed. A reward model's rows are pairs, and its
-    head is one number wide.
+    Half of a row is taken to be completion, whose logits are needed. A reward model's and a preference's rows are
+    pairs (for ``micro_batch_size``, a reward model's count each side), and a reward model's head is one number wide.
     """
-    pairs = isinstance(config, RewardModelConfig)
-    rows = config.batch_size * (2 if pairs else 1)
-    new = 1 if pairs else max(1, longest // 2)
+    preference = isinstance(config, PreferenceConfig)
+    rows = config.batch_size * (2 if preference or isinstance(config, RewardModelConfig) else 1)
+    at_once = (config.micro_batch_size or rows) * (2 if preference else 1)
+    new = 1 if isinstance(config, RewardModelConfig) else max(1, longest // 2)
     shared = (
         *("fine_tune_type", "lora_r", "lora_layers", "lora_blocks", "soft_prompt_tokens", "soft_prompt_text"),
         *(
@@ -102,7 +101,7 @@ def supervised_memory(config: SFTConfig | RewardModelConfig, longest: int) -> Me
         algorithm="reinforce",
         batch_size=rows,
         group_size=1,
-        micro_batch_size=min(config.micro_batch_size or rows, rows),
+        micro_batch_size=min(at_once, rows),
         max_prompt_length=max(1, longest - new),
         max_new_tokens=new,
         reference="none",

@@ -3,69 +3,69 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from command_line.config_options import add_config_options, add_run_options, load
 from command_line.explaining import explained
 from command_line.parsing import Command, Parser
+from config.errors import InvalidConfigurationError
 from config.supervised_config import RewardModelConfig, SFTConfig
 
-if TYPE_CHECKING:
-    from models.sft_model import LanguageModel
+Lines = list[str]
 
 
-def _sft_options(parser: Parser) -> None:
-    add_run_options(parser)
-    add_config_options(parser, SFTConfig)
+@dataclass(frozen=True)
+class Stage:
+    """One supervised stage as a command.
 
+    Args:
+        kind: of the rows (``data_loading.schemas.Kind``). shown: metric → label on the progress line.
+        trainer: (base model, config) → trainer. judge: (trainer, its last metrics, rows held out, run folder) → what
+            to say of it. save: (trainer, run folder) → where the result is and what to type next. check: (config,
+            rows) → refuses rows that this config cannot learn from, before a weight is loaded.
+    """
 
-def _reward_model_options(parser: Parser) -> None:
-    add_run_options(parser)
-    add_config_options(parser, RewardModelConfig)
+    name: str
+    config: type[Any]
+    kind: Any
+    shown: dict[str, str]
+    trainer: Callable[[Any, Any], Any]
+    judge: Callable[[Any, dict[str, float], Any, Path], Lines]
+    save: Callable[[Any, Path], Lines]
+    check: Callable[[Any, Any], None] = lambda config, rows: None
 
+    def add_options(self, parser: Parser) -> None:
+        """Those of a run, and of the config."""
+        add_run_options(parser)
+        add_config_options(parser, self.config)
 
-def run_sft(options: argparse.Namespace) -> int:
-    """Fine-tune on demonstrations; the run folder holds ``final`` (an adapter) or ``model`` (every weight)."""
-    if ("reward_model", True) in options.overrides:  # sft.py of mlx-rlhf trains either, by this switch
-        return run_reward_model(options)
-    loaded = load(SFTConfig, options)
-    if options.explain:
-        print(explained(loaded))
-        return 0
-    return _Stage("sft", loaded.config, "pairs", {"loss": "loss"}).run(dry=options.dry_run)
+    def run(self, options: argparse.Namespace) -> int:
+        """Data, plan, training, result; everything that can be refused is refused before a weight is loaded."""
+        loaded = load(self.config, options)
+        if options.explain:
+            print(explained(loaded))
+            return 0
+        return self._run(loaded.config, dry=options.dry_run)
 
-
-def run_reward_model(options: argparse.Namespace) -> int:
-    """Learn a reward from preferences; the run folder's ``final`` is what ``--reward learned:FOLDER`` names."""
-    loaded = load(RewardModelConfig, options)
-    if options.explain:
-        print(explained(loaded))
-        return 0
-    shown = {"loss": "loss", "accuracy": "accuracy"}
-    return _Stage("reward-model", loaded.config, "preferences", shown).run(dry=options.dry_run)
-
-
-class _Stage:
-    """One supervised run: data, plan, training, result."""
-
-    def __init__(self, name: str, config: Any, kind: Any, shown: dict[str, str]) -> None:
-        self.name = name
-        self.config = config
-        self.kind = kind
-        self.shown = shown
-
-    def run(self, *, dry: bool) -> int:
-        """Everything that can be refused is refused before a weight is loaded."""
+    def _run(self, config: Any, *, dry: bool) -> int:
         from command_line.checks import check_model, check_output, read_rows
         from command_line.plan import supervised_plan
         from monitoring.console import StageConsole
         from monitoring.run_folder import default_folder, prepare_folder, write_json
 
-        config, console = self.config, StageConsole()
+        console = StageConsole()
         check_model(config)
         check_output(config.output_dir)
         data = read_rows(config, self.kind)
+        if config.early_stopping_patience is not None and data.validation is None:
+            raise InvalidConfigurationError(
+                "early_stopping_patience: there are no validation rows to stop by; give val_path, or set "
+                "validation_fraction"
+            )
+        self.check(config, data.train)
         plan = supervised_plan(self.name, config, data, dry=dry)
         if config.verbose or dry:
             print("\n".join(plan), flush=True)
@@ -73,55 +73,92 @@ class _Stage:
             return 0
         folder = prepare_folder(config.output_dir or default_folder(self.name))
         write_json(folder / "config.json", {"config": config.as_dict(), "stage": self.name})
-        trainer = self._trainer()
+        from models.sft_model import load_language_model
         from monitoring.step_log import StepLog
 
-        with console.progress(config.num_steps, self.name) as progress:
-            trainer.train(data.train, StepLog(folder / "metrics.jsonl", progress, self.shown))
-        for line in self._judge(trainer, data.validation):
+        trainer = self.trainer(load_language_model(config), config)
+        for line in getattr(trainer, "notes", []):
             console.note(line)
-        for line in self._save(trainer, folder):
+        with console.progress(config.num_steps, self.name) as progress:
+            log = StepLog(folder / "metrics.jsonl", progress, self.shown)
+            metrics = trainer.train(data.train, log, validation=data.validation)
+        lines = [] if data.validation is None else self.judge(trainer, metrics, data.validation, folder)
+        for line in [*lines, *self.save(trainer, folder)]:
             console.note(line)
         return 0
 
-    def _trainer(self) -> Any:
-        from models.sft_model import load_language_model
-        from training.reward_trainer import RewardTrainer
-        from training.sft_trainer import SFTTrainer
 
-        base: LanguageModel = load_language_model(self.config)
-        return (SFTTrainer if self.kind == "pairs" else RewardTrainer)(base, self.config)
+def save_policy(trainer: Any, folder: Path) -> Lines:
+    """Write ``final`` (an adapter) or ``model`` (every weight)."""
+    from models.sft_model import save_language_model
 
-    def _judge(self, trainer: Any, rows: Any) -> list[str]:
-        if rows is None:
-            return []
-        if self.kind == "pairs":
-            return [f"validation loss {trainer.loss(rows):.4f} nats per token"]
-        return [f"validation pairs in the right order: {trainer.accuracy(rows):.1%}"]
+    if trainer.config.fine_tune_type == "full":
+        save_language_model(trainer.language_model, folder / "model")
+        return [f"saved: {folder / 'model'}", f"use it: --model-name {folder / 'model'}"]
+    trainer.policy.save(folder / "final")
+    name = trainer.config.model_name
+    if trainer.policy.base.is_altered:  # it has no folder of its own, and an adapter alone is no model
+        save_language_model(trainer.policy.base, folder / "final" / "base")
+        name = str(folder / "final" / "base")
+    use = f"--model-name {name} --adapter-path {folder / 'final'}"
+    return [f"saved: {folder / 'final'}", f"use it: {use}"]
 
-    def _save(self, trainer: Any, folder: Path) -> list[str]:
-        """Write the result; returns what to type next."""
-        from models.sft_model import save_language_model
 
-        if self.kind == "preferences":
-            trainer.reward_model.save(folder / "final")
-            return [f"saved: {folder / 'final'}", f"use it: --reward learned:{folder / 'final'}"]
-        if self.config.fine_tune_type == "full":
-            save_language_model(trainer.language_model, folder / "model")
-            return [f"saved: {folder / 'model'}", f"use it: --model-name {folder / 'model'}"]
-        trainer.policy.save(folder / "final")
-        name = self.config.model_name
-        if trainer.policy.base.is_altered:  # it has no folder of its own, and an adapter alone is no model
-            save_language_model(trainer.policy.base, folder / "final" / "base")
-            name = str(folder / "final" / "base")
-        use = f"--model-name {name} --adapter-path {folder / 'final'}"
-        return [f"saved: {folder / 'final'}", f"use it: {use}"]
+# The stages ----------------------------------------------------------------------------------------------
+
+
+def _sft_trainer(base: Any, config: Any) -> Any:
+    from training.sft_trainer import SFTTrainer
+
+    return SFTTrainer(base, config)
+
+
+def _judge_sft(trainer: Any, metrics: dict[str, float], rows: Any, folder: Path) -> Lines:
+    loss, perplexity = metrics["validation/loss"], metrics["validation/perplexity"]
+    return [f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.4g}"]
+
+
+def _reward_trainer(base: Any, config: Any) -> Any:
+    from training.reward_trainer import RewardTrainer
+
+    return RewardTrainer(base, config)
+
+
+def _judge_reward_model(trainer: Any, metrics: dict[str, float], rows: Any, folder: Path) -> Lines:
+    report = trainer.report(rows)
+    report.save(folder)
+    first = f"validation pairs in the right order: {report.accuracy:.1%}"
+    return [first, *str(report).split("\n\n")[0].splitlines()[2:], f"report: {folder / 'reward_report.txt'}"]
+
+
+def _save_reward_model(trainer: Any, folder: Path) -> Lines:
+    trainer.reward_model.save(folder / "final")
+    return [f"saved: {folder / 'final'}", f"use it: --reward learned:{folder / 'final'}"]
+
+
+SFT_STAGE = Stage("sft", SFTConfig, "pairs", {"loss": "loss"}, _sft_trainer, _judge_sft, save_policy)
+REWARD_MODEL_STAGE = Stage(
+    "reward-model",
+    RewardModelConfig,
+    "preferences",
+    {"loss": "loss", "accuracy": "accuracy"},
+    _reward_trainer,
+    _judge_reward_model,
+    _save_reward_model,
+)
+
+
+def run_sft(options: argparse.Namespace) -> int:
+    """Fine-tune on demonstrations."""
+    if ("reward_model", True) in options.overrides:  # sft.py of mlx-rlhf trains either, by this switch
+        return REWARD_MODEL_STAGE.run(options)
+    return SFT_STAGE.run(options)
 
 
 SFT = Command(
     "sft",
     "supervised fine-tuning on prompts with demonstrated answers",
-    _sft_options,
+    SFT_STAGE.add_options,
     run_sft,
     [
         "sft --model-name embedded --train-path pairs.jsonl --num-steps 5 --learning-rate 1e-3",
@@ -131,8 +168,8 @@ SFT = Command(
 REWARD_MODEL = Command(
     "reward-model",
     "learn a reward model from pairs of answers, or from answers with scores",
-    _reward_model_options,
-    run_reward_model,
+    REWARD_MODEL_STAGE.add_options,
+    REWARD_MODEL_STAGE.run,
     [
         "reward-model --model-name embedded --train-path preferences.jsonl --num-steps 5 --batch-size 2",
         "reward-model --model-name embedded --train-path preferences.jsonl --validation-fraction 0.3 --dry-run",

@@ -28,7 +28,7 @@ from config.options import options_of
 from config.ppo_config import PPOConfig
 from config.preset_files import preset_path
 from config.settings import Given, Origin, default
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, RewardModelConfig, SFTConfig
 
 C = TypeVar("C", bound=Declaration)
 
@@ -44,7 +44,7 @@ INSTEAD_OF = (
     ("delta", "dual_clip"),
     ("rewards", "reward_weights"),
 )
-STAGES: tuple[type[Declaration], ...] = (PPOConfig, SFTConfig, RewardModelConfig)
+STAGES: tuple[type[Declaration], ...] = (PPOConfig, SFTConfig, RewardModelConfig, PreferenceConfig)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from config.older.systems import SYSTEMS
 from config.options import Option, options_of, sections_of
 from config.ppo_config import PPOConfig
 from config.preset_files import preset_header, preset_names
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, ProcessRewardConfig, RewardModelConfig, SFTConfig
 
 HEAD = """# Configuration
 
 Written by `./run python -m config.reference > docs/configuration.md` from the declarations in `config/`; a test keeps
 the two equal.
 
-A run is described by one config: `PPOConfig` (PPO, GRPO and their family), `SFTConfig` or `RewardModelConfig`. Its
+A run is described by one config: `PPOConfig` (PPO, GRPO and their family), `SFTConfig`,
+`RewardModelConfig`, `ProcessRewardConfig` or `PreferenceConfig`. Its
 values come from, each one winning over those before it:
 
 | | |
@@ -67,7 +68,7 @@ def reference() -> str:
         parts.append(_table(section, options))
         parts += [REWARDS] if section == "scores" else []
     shared = options_of(PPOConfig)
-    for cls in (SFTConfig, RewardModelConfig):
+    for cls in (SFTConfig, RewardModelConfig, ProcessRewardConfig, PreferenceConfig):
         parts.append(
             f"## {cls.__name__}\n\n{_first_line(cls)} All of the tables above that are of `DataConfig` or "
             "`TrainingConfig`, and:\n"

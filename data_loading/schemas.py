@@ -111,7 +111,10 @@ def _preference(fields: Fields, config: DataConfig) -> list[Row]:
         return _implicit_preference(fields, config)
     prompt = as_prompt(fields[config.prompt_column], fields, config)
     better, worse = (_answer(fields, name) for name in (config.chosen_column, config.rejected_column))
-    return [_comparison(prompt, better, worse)]
+    row = _comparison(prompt, better, worse)
+    return [
+        row | {"margin": _number(fields["margin"], "margin")} if fields.get("margin") is not None else row
+    ]
 
 
 def _comparison(prompt: Any, chosen: str, rejected: str) -> Row:

@@ -42,12 +42,18 @@ def build_rewards(spec: Any, config: PPOConfig, base: LanguageModel | None = Non
 def _resolved(part: Any, base: LanguageModel | None) -> Any:
     """One reward; a learned one is loaded, and made to read the policy's tokens where it has the same vocabulary."""
     name = part.get("name") if isinstance(part, Mapping) else part
-    if isinstance(name, str) and name.startswith(LEARNED):
+    if isinstance(name, str) and (name.startswith(LEARNED) or _is_learned(name)):
         folder = Path(name.removeprefix(LEARNED)).expanduser()
         part = _by_name_only(folder) if base is None else _load(folder, base)
     if isinstance(part, RewardModel) and base is not None:
         return part.for_tokenizer(base.tokenizer)
     return resolve(part)
+
+
+def _is_learned(name: str) -> bool:
+    """Whether this is the path of a folder that holds a reward model."""
+    folder = Path(name).expanduser()
+    return (folder / SETTINGS).is_file() or (folder.is_dir() and is_classifier(folder))
 
 
 def _by_name_only(folder: Path) -> Callable[..., list[float]]:

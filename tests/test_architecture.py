@@ -43,6 +43,7 @@ LAYERS = (
         "training.policy_loss",
         "training.value_loss",
         "training.preference_loss",
+        "training.preference_algorithms",
         "training.importance_correction",
     ),
     ("base_setup", "checkpointing", "data_loading", "models", "rewards"),
@@ -60,6 +61,7 @@ PURE = (
     "training.policy_loss",
     "training.value_loss",
     "training.preference_loss",
+    "training.preference_algorithms",
     "training.importance_correction",
 )
 #: All that a function of arrays and numbers can need from elsewhere.

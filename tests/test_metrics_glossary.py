@@ -15,10 +15,11 @@ from tabular import table_model
 from base_setup.tokenizer_setup import byte_tokenizer
 from config.model_config import ModelConfig
 from config.ppo_config import PPOConfig
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, RewardModelConfig, SFTConfig
 from models.sft_model import build_embedded
 from monitoring.metrics_file import read_metrics
 from ppo_trainer.ppo_trainer import PPOTrainer
+from training.preference_trainer import PreferenceTrainer
 from training.reward_trainer import RewardTrainer
 from training.sft_trainer import SFTTrainer
 
@@ -48,7 +49,7 @@ TABLE_RUNS: dict[str, dict[str, Any]] = {
     },
     "remax": {"algorithm": "remax", "score_scaling": "norm"},
 }
-SUPERVISED = {"sft", "reward model"}
+SUPERVISED = {"sft", "reward model", "dpo", "kto"}
 #: What stands for the variable part of a name.
 VARIABLE = {"NAME": "[^/]+", "STAGE": "(rollout|score|update)"}
 #: Who reports what the glossary says is reported under a condition only.
@@ -127,16 +128,18 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, set[str]]
             trainer = PPOTrainer(config, model=model, reward_model=[vowels, short])
             told = {*trainer.train(PROMPTS, num_epochs=1), *trainer.evaluate(PROMPTS)} - NOT_METRICS
             found[name] = told | _names_in_file(folder)
+    pair = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
+    one: dict[str, Any] = {"model_name": "embedded", "num_steps": 1}
+    demonstrations = [{"prompt": "a", "completion": "b"}]
     found["sft"] = set(
-        SFTTrainer(embedded, SFTConfig(model_name="embedded", num_steps=1)).train(
-            [{"prompt": "a", "completion": "b"}]
-        )
+        SFTTrainer(embedded, SFTConfig(**one)).train(demonstrations, validation=demonstrations)
     )
     found["reward model"] = set(
-        RewardTrainer(embedded, RewardModelConfig(model_name="embedded", num_steps=1)).train(
-            [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-        )
+        RewardTrainer(embedded, RewardModelConfig(**one)).train(pair, validation=pair)
     )
+    for name in ("dpo", "kto"):
+        config = PreferenceConfig(**one, algorithm=name)
+        found[name] = set(PreferenceTrainer(embedded, config).train(pair, validation=pair))
     return found
 
 
@@ -178,12 +181,16 @@ def test_no_name_is_explained_twice() -> None:
 
 def test_supervised_stages_report_what_their_own_table_says(reported: Mapping[str, set[str]]) -> None:
     table = {e.name for e in ENTRIES if e.theme == "Supervised stages"}
-    assert reported["sft"] | reported["reward model"] == table
+    assert set().union(*(reported[stage] for stage in SUPERVISED)) == table
 
 
 def test_advice_names_options_and_metrics_that_exist() -> None:
     """Also in the pictures at the end: `option`, `option = value`, or the name of a metric."""
-    options = {field.name for cls in (PPOConfig, SFTConfig, RewardModelConfig) for field in fields(cls)}
+    options = {
+        field.name
+        for cls in (PPOConfig, SFTConfig, RewardModelConfig, PreferenceConfig)
+        for field in fields(cls)
+    }
     _, _, pictures = GLOSSARY.partition("## Pictures")
     assert pictures
     named = [

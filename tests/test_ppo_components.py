@@ -16,7 +16,7 @@ import pytest
 from config.errors import InvalidConfigurationError, ToolkitError
 from config.model_config import ModelConfig
 from config.ppo_config import PPOConfig
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, ProcessRewardConfig, RewardModelConfig, SFTConfig
 from config.training_config import TrainingConfig
 from data_loading.prepared_prompts import PreparedPrompts
 from experience_buffer.buffer_manager import ExperienceBuffer, Minibatch
@@ -36,7 +36,15 @@ ROOT = Path(__file__).parents[1]
 SMALLEST = ModelConfig(
     hidden_size=32, num_attention_heads=2, num_key_value_heads=1, num_layers=2, intermediate_size=64
 )
-CONFIG_CLASSES = (ModelConfig, TrainingConfig, PPOConfig, SFTConfig, RewardModelConfig)
+CONFIG_CLASSES = (
+    ModelConfig,
+    TrainingConfig,
+    PPOConfig,
+    SFTConfig,
+    RewardModelConfig,
+    ProcessRewardConfig,
+    PreferenceConfig,
+)
 
 
 # The experience buffer -----------------------------------------------------------------------------------
@@ -506,7 +514,7 @@ def test_as_dict_is_plain_and_makes_the_same_config_again() -> None:
 
 def test_no_two_sections_share_a_field_name() -> None:
     """A config file's sections are headings only, so the model's fields must not repeat the trainer's."""
-    trainers = {f.name for cls in (PPOConfig, SFTConfig, RewardModelConfig) for f in dataclasses.fields(cls)}
+    trainers = {f.name for cls in CONFIG_CLASSES[1:] for f in dataclasses.fields(cls)}
     assert not trainers & {f.name for f in dataclasses.fields(ModelConfig)}
 
 

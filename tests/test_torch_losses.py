@@ -23,6 +23,7 @@ from token_attribution.logprob_computer import entropy_from_logits, statistics_f
 from token_attribution.masking import masked_whiten
 from training.importance_correction import importance_weights
 from training.policy_loss import aggregate, importance_ratio, off_policy_sequence_mask, policy_loss
+from training.preference_algorithms import PREFERENCE_ALGORITHMS, Answers, kto
 from training.preference_loss import bradley_terry_loss, dpo_loss
 from training.value_loss import value_loss
 
@@ -515,3 +516,76 @@ def test_group_advantages_and_leave_one_out() -> None:
     np.testing.assert_allclose(
         np.array(leave_one_out(array(scores), ids)), expected["loo"], rtol=0, atol=ATOL
     )
+
+
+# Preferences without RL ----------------------------------------------------------------------------------
+
+#: Options away from their defaults, so that each is seen.
+PREFERENCE_OPTIONS = {
+    "dpo": {"preference_beta": 0.3, "label_smoothing": 0.1},
+    "ipo": {"preference_beta": 0.3},
+    "simpo": {"preference_beta": 2.5, "target_margin": 0.7},
+    "orpo": {"preference_beta": 0.4},
+    "cpo": {"preference_beta": 0.2, "nll_weight": 0.6},
+    "kto": {"preference_beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.8},
+}
+
+
+def torch_preference(name: str, now: list[Any], ref: list[Any], o: dict[str, float]) -> Any:
+    """The papers' formulas on lists of token logprobs; rows 0 and 2 are chosen, 1 and 3 rejected (good and bad)."""
+    logsigmoid = torch.nn.functional.logsigmoid
+    beta, losses = o["preference_beta"], []
+    if name == "kto":
+        for i, (x, r) in enumerate(zip(now, ref, strict=True)):
+            lead = beta * ((x.sum() - r.sum()) - 0.4)
+            good = i % 2 == 0
+            weight = o["desirable_weight"] if good else o["undesirable_weight"]
+            losses.append(weight - weight * torch.sigmoid(lead if good else -lead))
+        return torch.stack(losses).sum()
+    for c, r, ref_c, ref_r in zip(now[::2], now[1::2], ref[::2], ref[1::2], strict=True):
+        h = (c.sum() - ref_c.sum()) - (r.sum() - ref_r.sum())
+        if name == "dpo":
+            e = o["label_smoothing"]
+            losses.append(-(1 - e) * logsigmoid(beta * h) - e * logsigmoid(-beta * h))
+        elif name == "ipo":
+            losses.append((h - 1 / (2 * beta)) ** 2)
+        elif name == "simpo":
+            losses.append(-logsigmoid(beta * c.mean() - beta * r.mean() - o["target_margin"]))
+        elif name == "orpo":
+            odds_c, odds_r = (torch.exp(x.mean()) / (1 - torch.exp(x.mean())) for x in (c, r))
+            losses.append(-c.mean() - beta * logsigmoid(torch.log(odds_c) - torch.log(odds_r)))
+        else:
+            losses.append(-logsigmoid(beta * c.sum() - beta * r.sum()) - o["nll_weight"] * c.sum())
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("name", PREFERENCE_OPTIONS)
+def test_preference_losses_and_their_gradient_to_the_logits(name: str) -> None:
+    """Rows 0, 1, 4 and 5 of the case, as two pairs."""
+    case, rows, options = make_case(1.0, False, seed=3), [0, 1, 4, 5], PREFERENCE_OPTIONS[name]
+    tokens, mask = mx.array(case.tokens.astype(np.int32)), mx.array(MASK)
+    hidden = mx.array(np.where(MASK, case.ref, 0).astype(np.float32))
+    lengths = mx.array(MASK.sum(axis=1).astype(np.float32))
+
+    def total(logits: mx.array) -> mx.array:
+        statistics = statistics_from_states(logits, lambda z: z, tokens, mask)
+        sums, refs = mx.sum(statistics.logprobs, axis=1), mx.sum(hidden, axis=1)
+        if name == "kto":
+            picked = mx.array(rows)
+            answers = Answers(sums[picked], refs[picked], lengths[picked])
+            return mx.sum(kto(answers, mx.array([True, False] * 2), mx.array(0.4), options))
+        sides = [Answers(sums[i], refs[i], lengths[i]) for i in (mx.array(rows[::2]), mx.array(rows[1::2]))]
+        loss = PREFERENCE_ALGORITHMS[name].loss
+        assert loss is not None
+        return mx.sum(loss(*sides, options))
+
+    value, gradient = mx.value_and_grad(total)(array(case.logits))
+    logits = torch.tensor(np.where(MASK[..., None], case.logits, 0), requires_grad=True)
+    chosen = torch.tensor(case.tokens[:, 1:, None])
+    logp = torch.log_softmax(logits, -1).gather(-1, chosen)[..., 0]
+    now = [logp[i][torch.tensor(MASK[i])] for i in rows]
+    expected = torch_preference(name, now, [torch.tensor(case.ref[i][MASK[i]]) for i in rows], options)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(np.array(gradient), logits.grad.numpy(), rtol=1e-4, atol=ATOL)
+    assert (np.array(gradient)[~MASK] == 0).all()

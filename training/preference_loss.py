@@ -1,4 +1,4 @@
-"""Losses on pairs, a chosen and a rejected answer to one prompt: for reward models, and for DPO."""
+"""Losses on pairs, a chosen and a rejected answer to one prompt, for reward models and DPO; and on labelled steps."""
 
 from __future__ import annotations
 
@@ -52,6 +52,23 @@ def preference_accuracy(
     check_same_shape(chosen=chosen, rejected=rejected)
     wins = (chosen > rejected).astype(mx.float32) + 0.5 * (chosen == rejected).astype(mx.float32)  # (B,)
     return mx.sum(wins) / nonzero_denominator(wins.size if denominator is None else denominator)
+
+
+def step_loss(scores: mx.array, labels: mx.array, denominator: float | mx.array | None = None) -> mx.array:
+    r"""Cross-entropy of single steps that are right or wrong: a process reward model's.
+
+    .. math:: -\text{mean}\, \big[y \log\sigma(s) + (1 - y) \log(1 - \sigma(s))\big]
+
+    Args:
+        scores: (N,), the head at each step's mark. labels: (N,) in [0, 1]; no gradient.
+        denominator: Steps of the whole optimiser batch in place of N.
+    """
+    check_same_shape(scores=scores, labels=labels)
+    scores = scores.astype(mx.float32)
+    losses = (
+        mx.logaddexp(mx.array(0.0), scores) - mx.stop_gradient(labels).astype(mx.float32) * scores
+    )  # (N,)
+    return mx.sum(losses) / nonzero_denominator(losses.size if denominator is None else denominator)
 
 
 def implicit_reward(logprobs: mx.array, ref_logprobs: mx.array, beta: float) -> mx.array:

@@ -1,16 +1,17 @@
 """Learning a reward model from comparisons (Christiano et al. 2017, https://arxiv.org/abs/1706.03741).
 
-Two kinds of rows. Pairs: ``{"prompt", "chosen", "rejected"}``. Scored answers: ``{"prompt", "completion",
-"reward"}`` (the reward may be text, as in "0.75"); these are compared in lists of ``list_size``, every answer
-with every other of its list, which draws list_size·(list_size−1)/2 comparisons from list_size forward passes
-(Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1). A pair is a list of two.
+Three kinds of rows. Pairs: ``{"prompt", "chosen", "rejected"}``, with a ``margin`` if one is known. Ranked lists:
+``{"prompt", "completions", "rewards"}``, best first where there are no rewards. Scored answers: ``{"prompt",
+"completion", "reward"}`` (the reward may be text, as in "0.75"); ``pairing`` says what each is compared with. In a list
+every answer is compared with every other, which draws n·(n−1)/2 comparisons from n forward passes (Ouyang et al. 2022,
+https://arxiv.org/abs/2203.02155, eq. 1). A pair is a list of two.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,39 +22,19 @@ from config.supervised_config import RewardModelConfig
 from models.reward_model import RewardModel
 from models.sft_model import LanguageModel
 from token_attribution.extractor import pad_sequences
+from training.comparisons import Answer, Comparisons, Partners, Ranking, lists_of, micro_batches
 from training.model_trainer import ModelTrainer
 from training.preference_loss import bradley_terry_loss, preference_accuracy
-from training.supervised import OnStep, place_of, shuffled_batches, split, step_metrics
+from training.reward_report import RewardReport, reward_report
+from training.supervised import OnStep, learn, place_of, shuffled_batches, split, step_metrics
 
 Row = Mapping[str, Any]
 NAME = "preference rows"
-
-
-class Answer(NamedTuple):
-    """A question with one answer, in tokens, closed by the end token; and how good it is."""
-
-    ids: list[int]
-    reward: float
-
-
-class Ranking(NamedTuple):
-    """Answers that are compared with each other."""
-
-    answers: list[Answer]
-
-    def comparisons(self, offset: int) -> list[tuple[int, int]]:
-        """(better, worse) positions among all answers of a batch, of which this list starts at ``offset``."""
-        rewards = [answer.reward for answer in self.answers]
-        return [
-            (offset + i, offset + j)
-            for i, better in enumerate(rewards)
-            for j, worse in enumerate(rewards)
-            if better > worse
-        ]
+NORMALISED_ON = 512  # answers of the training rows, for the mean and the spread of the scores
 
 
 class RewardTrainer:
-    """Minimises the Bradley–Terry loss −log σ(r(better) − r(worse)), all sides in one forward.
+    """Minimises the Bradley–Terry loss −log σ(r(better) − r(worse) − margin), all sides in one forward.
 
     Attributes:
         reward_model: what is trained, and the result.
@@ -66,40 +47,35 @@ class RewardTrainer:
     # -- Rows -----------------------------------------------------------------------------------------
 
     def encode(self, rows: Sequence[Row]) -> list[Ranking]:
-        """Rows as lists of answers; every row of one call must be of the same kind.
+        """Rows as lists of answers, a scored answer being a list of one; every row of one call is of one kind.
 
         Raises:
             DataLoadError: naming the row and what is wrong with it.
         """
+        return [ranking for ranking, _ in self._encoded(rows)]
+
+    def _encoded(self, rows: Sequence[Row]) -> list[tuple[Ranking, list[int]]]:
+        """Each row's answers, and how many tokens each has without its prompt."""
         if not rows:
-            raise DataLoadError("preference rows: the list is empty; at least one is needed")
-        if "chosen" in rows[0]:
-            return [self._pair(place_of(rows, i, NAME), row) for i, row in enumerate(rows)]
-        if self.config.batch_size < 2:
-            raise DataLoadError(
-                f"preference rows: scored answers are compared within a batch, and batch_size is "
-                f"{self.config.batch_size}; at least 2 is needed"
-            )
-        answers = [self._scored(place_of(rows, i, NAME), row) for i, row in enumerate(rows)]
-        rankings = [Ranking(list(part)) for part in split(answers, self.config.list_size)]
-        if len({answer.reward for answer in answers}) < 2:
-            raise DataLoadError("preference rows: all rewards are equal, so there is nothing to compare")
-        return rankings
+            raise DataLoadError(f"{NAME}: the list is empty; at least one is needed")
+        found, first = [], _kind(rows[0])
+        for i, row in enumerate(rows):
+            place = place_of(rows, i, NAME)
+            if _kind(row) != first:
+                raise DataLoadError(
+                    f"{place}: a row of {_kind(row)} among rows of {first}; give one kind only"
+                )
+            answers = [
+                (self._ids(place, {**row, "answer": text} if name is None else row, name or "answer"), reward)
+                for name, text, reward in _answers(place, row)
+            ]
+            ranking = Ranking([Answer([*prompt, *ids], reward) for (prompt, ids), reward in answers])
+            found.append((ranking, [len(ids) for (_, ids), _ in answers]))
+        if len({a.reward for ranking, _ in found for a in ranking.answers}) < 2:
+            raise DataLoadError(f"{NAME}: all rewards are equal, so there is nothing to compare")
+        return found
 
-    def _pair(self, place: str, row: Row) -> Ranking:
-        sides = [self._ids(place, row, side) for side in ("chosen", "rejected")]
-        return Ranking([Answer(sides[0], 1.0), Answer(sides[1], 0.0)])
-
-    def _scored(self, place: str, row: Row) -> Answer:
-        try:
-            reward = float(row["reward"])
-        except (KeyError, TypeError, ValueError):
-            reward = math.nan
-        if not math.isfinite(reward):
-            raise DataLoadError(f'{place}: "reward" must be a finite number, found {row.get("reward")!r}')
-        return Answer(self._ids(place, row, "completion"), reward)
-
-    def _ids(self, place: str, row: Row, side: str) -> list[int]:
+    def _ids(self, place: str, row: Row, side: str) -> tuple[list[int], list[int]]:
         try:
             prompt, answer = encode_pair(self.reward_model.tokenizer, row, side)
         except DataLoadError as error:
@@ -107,77 +83,151 @@ class RewardTrainer:
         length, limit = len(prompt) + len(answer), self.config.max_sequence_length
         if length > limit:
             raise DataLoadError(f"{place}: {length} tokens, max_sequence_length is {limit}")
-        return [*prompt, *answer]
+        return prompt, answer
 
     # -- Training -------------------------------------------------------------------------------------
 
-    def train(self, rows: Sequence[Row], on_step: OnStep | None = None) -> dict[str, float]:
+    def train(
+        self, rows: Sequence[Row], on_step: OnStep | None = None, *, validation: Sequence[Row] | None = None
+    ) -> dict[str, float]:
         """Train for ``num_steps`` steps, then normalise scores on the training answers.
 
         Returns:
-            The last step's metrics; ``accuracy`` is the share of its comparisons in the right order.
+            The last step's metrics (see ``training.supervised.learn``); ``accuracy`` is the share of its comparisons
+            in the right order.
         """
         config, rankings = self.config, self.encode(rows)
+        held_out = None if validation is None else self._encoded(validation)
         trainer = ModelTrainer(self.reward_model.module, config, total_steps=config.num_steps)
-        metrics: dict[str, float] = {}
-        self.reward_model.module.train()  # adapter dropout is for this stage
-        mx.random.seed(config.seed)  # … and draws from MLX's global state
-        for number, batch in enumerate(self._batches(rankings, "chosen" in rows[0]), start=1):
-            metrics = self._step(trainer, batch)
-            if on_step is not None:
-                on_step(number, metrics)
-        self.reward_model.module.eval()
-        self.reward_model.normalise(
-            [answer.ids for ranking in rankings[:256] for answer in ranking.answers][:512]
+        metrics = learn(
+            self.reward_model.module,
+            config,
+            self._batches(rankings),
+            lambda batch: self._step(trainer, batch),
+            on_step=on_step,
+            validate=None if held_out is None else lambda: _shown(self._report(held_out)),
         )
+        answers = [answer.ids for ranking in rankings[:NORMALISED_ON] for answer in ranking.answers]
+        self.reward_model.normalise(answers[:NORMALISED_ON])
         return metrics
 
-    def _batches(self, rankings: Sequence[Ranking], pairs: bool) -> Any:
-        """Batches of rankings; scored answers meet others in every epoch, pairs stay together."""
+    def _batches(self, rankings: Sequence[Ranking]) -> Iterator[list[Ranking]]:
+        """Batches of lists. Scored answers meet others in every epoch; pairs and ranked lists stay together."""
         config = self.config
-        if pairs:
-            return shuffled_batches(
-                rankings, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
-            )
-        answers = [answer for ranking in rankings for answer in ranking.answers]
         batches = shuffled_batches(
-            answers, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
+            rankings, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
         )
-        return ([Ranking(list(part)) for part in split(batch, config.list_size)] for batch in batches)
+        if any(len(ranking.answers) > 1 for ranking in rankings):
+            yield from batches
+            return
+        partners = Partners([ranking.answers[0] for ranking in rankings])
+        generator = np.random.default_rng([config.seed, 1])
+        for batch in batches:
+            answers = [ranking.answers[0] for ranking in batch]
+            if config.pairing == "lists":
+                if len({answer.reward for answer in answers}) < 2:  # nothing to compare among themselves
+                    answers.append(partners.other(answers[0], generator))
+                yield lists_of(answers, config.list_size)
+            else:
+                draw = partners.nearest if config.pairing == "nearest" else partners.other
+                yield [Ranking([answer, draw(answer, generator)]) for answer in answers]
 
     def _step(self, trainer: ModelTrainer, batch: Sequence[Ranking]) -> dict[str, float]:
-        count = max(sum(len(ranking.comparisons(0)) for ranking in batch), 1)
-        report = trainer.step(
-            lambda part: self._loss(part, count), split(batch, self.config.micro_batch_size)
-        )
+        parts = micro_batches(batch, self.config.micro_batch_size)
+        count = max(sum(len(part.pairs) for part in parts), 1)
+        report = trainer.step(lambda part: self._loss(part, count), parts)
         return step_metrics(report, accuracy=sum(float(share) for share in report.extras))
 
-    def _loss(self, batch: Sequence[Ranking], count: int) -> tuple[mx.array, mx.array]:
-        """The batch's share of the loss and of the accuracy, both means over ``count`` comparisons."""
-        better, worse = self._compare(batch)
-        loss = bradley_terry_loss(better, worse, centering=self.config.centering, denominator=count)
+    def _loss(self, part: Comparisons, count: int) -> tuple[mx.array, mx.array]:
+        """The part's share of the loss and of the accuracy, both means over ``count`` comparisons."""
+        ids = [answer.ids for answer in part.answers]
+        tokens, _ = pad_sequences([one[:1] for one in ids], [one[1:] for one in ids])
+        scores = self.reward_model.raw_scores(tokens, mx.array([len(one) for one in ids]))  # (A,)
+        pairs = mx.array(part.pairs, dtype=mx.int32).reshape(-1, 2)  # (N, 2)
+        better, worse = scores[pairs[:, 0]], scores[pairs[:, 1]]
+        scale = self.config.margin_scale
+        loss = bradley_terry_loss(
+            better,
+            worse,
+            margin=scale * mx.array(part.margins) if scale else None,
+            centering=self.config.centering,
+            denominator=count,
+        )
         return loss, preference_accuracy(mx.stop_gradient(better), mx.stop_gradient(worse), denominator=count)
 
-    def _compare(self, batch: Sequence[Ranking]) -> tuple[mx.array, mx.array]:
-        """Scores of the better and the worse answer of each comparison: (N,) each."""
-        answers = [answer.ids for ranking in batch for answer in ranking.answers]
-        starts = np.cumsum([0, *(len(ranking.answers) for ranking in batch)]).tolist()
-        pairs = [
-            pair for start, ranking in zip(starts, batch, strict=False) for pair in ranking.comparisons(start)
-        ]
-        tokens, _ = pad_sequences([ids[:1] for ids in answers], [ids[1:] for ids in answers])
-        scores = self.reward_model.raw_scores(tokens, mx.array([len(ids) for ids in answers]))  # (A,)
-        picked = mx.array(pairs, dtype=mx.int32).reshape(-1, 2)  # (N, 2)
-        return scores[picked[:, 0]], scores[picked[:, 1]]
+    # -- Judging --------------------------------------------------------------------------------------
 
     def accuracy(self, rows: Sequence[Row]) -> float:
         """Share of comparisons in the right order, ties counted half; for rows that training has not seen."""
-        rankings = self.encode(rows)
-        points = count = 0.0
-        for part in split(rankings, max(1, self.reward_model.batch_rows // len(rankings[0].answers))):
-            better, worse = self._compare(part)
-            points += float(preference_accuracy(better, worse, denominator=1.0))
-            count += better.size
-        if count == 0:
-            raise DataLoadError("preference rows: no list holds two different rewards; enlarge list_size")
-        return points / count
+        return self.report(rows).accuracy
+
+    def report(self, rows: Sequence[Row]) -> RewardReport:
+        """Accuracy, margins, calibration and what length has to do with it, on rows that training has not seen.
+
+        Scored answers are compared in lists of ``list_size``, whatever ``pairing`` is.
+        """
+        return self._report(self._encoded(rows))
+
+    def _report(self, encoded: Sequence[tuple[Ranking, list[int]]]) -> RewardReport:
+        lengths = {
+            id(a): n for ranking, counts in encoded for a, n in zip(ranking.answers, counts, strict=True)
+        }
+        rankings = [ranking for ranking, _ in encoded]
+        if all(len(ranking.answers) == 1 for ranking in rankings):
+            rankings = lists_of([ranking.answers[0] for ranking in rankings], self.config.list_size)
+        answers = [answer for ranking in rankings for answer in ranking.answers]
+        starts = np.cumsum([0, *(len(ranking.answers) for ranking in rankings)]).tolist()
+        pairs = [p for start, one in zip(starts, rankings, strict=False) for p in one.comparisons(start)]
+        return reward_report(
+            self._raw_scores([answer.ids for answer in answers]),
+            np.array([lengths[id(answer)] for answer in answers]),
+            np.array(pairs),
+        )
+
+    def _raw_scores(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        parts = []
+        for batch in split(sequences, self.reward_model.batch_rows):
+            tokens, _ = pad_sequences([s[:1] for s in batch], [s[1:] for s in batch])
+            parts.append(np.array(self.reward_model.raw_scores(tokens, mx.array([len(s) for s in batch]))))
+        return np.concatenate(parts)
+
+
+def _shown(report: RewardReport) -> dict[str, float]:
+    return {"loss": report.loss, "accuracy": report.accuracy, "margin": report.margin_mean}
+
+
+def _kind(row: Row) -> str:
+    return "pairs" if "chosen" in row else "ranked lists" if "completions" in row else "scored answers"
+
+
+def _answers(place: str, row: Row) -> list[tuple[str | None, Any, float]]:
+    """A row's answers: the field that holds each, or None with the text itself; and its reward."""
+    if "chosen" in row:
+        margin = _number(place, row, "margin") if "margin" in row else 1.0
+        if margin <= 0:
+            raise DataLoadError(
+                f'{place}: "margin" must be above 0, found {margin:g}; exchange the two answers'
+            )
+        return [("chosen", None, margin), ("rejected", None, 0.0)]
+    if "completions" not in row:
+        return [("completion", None, _number(place, row, "reward"))]
+    texts = row["completions"]
+    rewards = row.get("rewards", range(0, -len(texts), -1) if isinstance(texts, list) else None)
+    if not isinstance(texts, list) or len(texts) < 2 or len(rewards) != len(texts):
+        raise DataLoadError(
+            f'{place}: "completions" must be a list of two answers or more, best first or with as many "rewards"'
+        )
+    return [
+        (None, text, _number(place, {"rewards": r}, "rewards"))
+        for text, r in zip(texts, rewards, strict=True)
+    ]
+
+
+def _number(place: str, row: Row, name: str) -> float:
+    try:
+        number = float(row[name])
+    except (KeyError, TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataLoadError(f'{place}: "{name}" must be a finite number, found {row.get(name)!r}')
+    return number

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from base_setup.lora_setup import fuse_adapters
-from base_setup.tokenizer_setup import encode_pair
 from config.errors import DataLoadError
 from config.supervised_config import SFTConfig
 from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel
-from token_attribution.extractor import pad_sequences
+from token_attribution.logprob_computer import read_states
+from token_attribution.packed_rows import can_pack, packed_hidden
+from token_attribution.sampled_states import picked_states
 from training.model_trainer import ModelTrainer, StepReport
-from training.supervised import OnStep, place_of, shuffled_batches, split, step_metrics
+from training.sft_rows import Example, Layout, encode_example, packed, padded, stacked
+from training.supervised import OnStep, learn, place_of, shuffled_batches, split, step_metrics
 
-
-class Example(NamedTuple):
-    """A demonstration in tokens, the end token included in the completion."""
-
-    prompt: list[int]
-    completion: list[int]
+NAME = "SFT rows"
 
 
 class SFTTrainer:
-    """Minimises −Σ log π(y_t | x, y_<t) / (number of completion tokens of the batch), prompts excluded.
+    """Minimises −Σ log π(y_t | x, y_<t) / (number of learned tokens of the batch); ``loss_on`` says which these are.
+
+    The head's logits are made for learned tokens alone, a chunk at a time, and none is kept for the backward pass.
 
     Attributes:
         policy: the model being trained; ``language_model`` is the result once training is done.
+        packs: whether examples share rows. notes: what there is to say about the config, in sentences.
     """
 
     def __init__(self, base: LanguageModel, config: SFTConfig) -> None:
         self.config = config
         self.policy = PolicyModel(base, config)
+        self.packs = config.packing and can_pack(self.policy.model, self.policy.trunk)
+        self.notes: list[str] = []
+        if config.packing and not self.packs:
+            self.notes.append(
+                f"packing: sequences that share a row would see each other in this architecture "
+                f"({type(self.policy.model).__module__}); each has a row of its own"
+            )
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Rows with ``prompt`` (a text or a chat) and ``completion``, or with one ``text``, as tokens.
@@ -43,56 +51,85 @@ class SFTTrainer:
             DataLoadError: naming the row, for a missing field or a row longer than ``max_sequence_length``.
         """
         if not rows:
-            raise DataLoadError("SFT rows: the list is empty; at least one prompt and completion is needed")
+            raise DataLoadError(f"{NAME}: the list is empty; at least one prompt and completion is needed")
         examples = []
         for i, row in enumerate(rows):
             try:
-                prompt, completion = encode_pair(self.policy.tokenizer, row)
+                example = encode_example(self.policy.tokenizer, row, self.config.loss_on)
             except DataLoadError as error:
-                raise DataLoadError(f"{place_of(rows, i, 'SFT rows')}: {error}") from error
-            length, limit = len(prompt) + len(completion), self.config.max_sequence_length
-            if not prompt or length > limit:
-                reason = (
-                    "the prompt is empty"
-                    if not prompt
-                    else f"{length} tokens, max_sequence_length is {limit}"
+                raise DataLoadError(f"{place_of(rows, i, NAME)}: {error}") from error
+            length, limit = len(example.ids), self.config.max_sequence_length
+            if length > limit:
+                raise DataLoadError(
+                    f"{place_of(rows, i, NAME)}: {length} tokens, max_sequence_length is {limit}"
                 )
-                raise DataLoadError(f"{place_of(rows, i, 'SFT rows')}: {reason}")
-            examples.append(Example(prompt, completion))
+            examples.append(example)
         return examples
 
-    def train(self, rows: Sequence[Mapping[str, Any]], on_step: OnStep | None = None) -> dict[str, float]:
-        """Train for ``num_steps`` steps; returns the last step's metrics."""
+    def train(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        on_step: OnStep | None = None,
+        *,
+        validation: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, float]:
+        """Train for ``num_steps`` steps; returns the last step's metrics (see ``training.supervised.learn``)."""
         config, examples = self.config, self.encode(rows)
+        held_out = None if validation is None else self.encode(validation)
         trainer = ModelTrainer(self.policy.model, config, total_steps=config.num_steps)
-        metrics: dict[str, float] = {}
         batches = shuffled_batches(
             examples, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
         )
-        self.policy.model.train()  # adapter dropout is for this stage
-        mx.random.seed(config.seed)  # … and draws from MLX's global state
-        for number, batch in enumerate(batches, start=1):
-            metrics = step_metrics(self._step(trainer, batch))
-            if on_step is not None:
-                on_step(number, metrics)
-        self.policy.model.eval()
-        return metrics
-
-    def _step(self, trainer: ModelTrainer, batch: Sequence[Example]) -> StepReport:
-        count = sum(len(example.completion) for example in batch)
-        micro_batches = split(batch, self.config.micro_batch_size)
-        return trainer.step(lambda part: (self._loss(part, count), None), micro_batches)
+        return learn(
+            self.policy.model,
+            config,
+            batches,
+            lambda batch: step_metrics(self._step(trainer, batch)),
+            on_step=on_step,
+            validate=None if held_out is None else lambda: self._judge(held_out),
+        )
 
     def loss(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """Mean negative logprob per completion token over ``rows``, in nats, without training."""
-        examples = self.encode(rows)
-        count = sum(len(e.completion) for e in examples)
-        parts = split(examples, self.config.micro_batch_size or self.config.batch_size)
-        return sum(float(self._loss(part, count)) for part in parts)
+        """Mean negative logprob per learned token over ``rows``, in nats, without training."""
+        return self.evaluate(rows)["loss"]
 
-    def _loss(self, batch: Sequence[Example], count: int) -> mx.array:
-        tokens, mask = pad_sequences([e.prompt for e in batch], [e.completion for e in batch])
-        return -mx.sum(self.policy.logprobs(tokens, mask)) / count
+    def evaluate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """``loss`` in nats per learned token over ``rows``, and ``perplexity``, its exponential."""
+        return self._judge(self.encode(rows))
+
+    def _judge(self, examples: Sequence[Example]) -> dict[str, float]:
+        count = sum(example.count for example in examples)
+        loss = 0.0
+        for batch in split(examples, self.config.batch_size):
+            loss += sum(float(self._loss(part, count)) for part in self._parts(batch))
+        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+    def _step(self, trainer: ModelTrainer, batch: Sequence[Example]) -> StepReport:
+        count = sum(example.count for example in batch)
+        return trainer.step(lambda part: (self._loss(part, count), None), self._parts(batch))
+
+    def _parts(self, batch: Sequence[Example]) -> list[Layout]:
+        """A batch as micro-batches of at most ``micro_batch_size`` rows, packed or not."""
+        size = self.config.micro_batch_size
+        if self.packs:
+            rows = packed(batch, self.config.max_sequence_length)
+            return [stacked(part) for part in split(rows, size)]
+        return [padded(part) for part in split(batch, size)]
+
+    def _loss(self, layout: Layout, count: int) -> mx.array:
+        return -mx.sum(self.logprobs(layout)) / count
+
+    def logprobs(self, layout: Layout) -> mx.array:
+        """Logprobs of the learned tokens: (B, T), 0 elsewhere; or (N,) of packed rows, in their order."""
+        tokens, mask, segments = layout
+        if segments is None:
+            return self.policy.logprobs(tokens, mask)
+        trunk = self.policy.trunk
+        assert trunk is not None
+        states = packed_hidden(trunk, len(self.policy.model.layers), tokens[:, :-1], segments)
+        return read_states(
+            picked_states(states, mask), trunk, tokens, for_gradient=self.policy.model.training
+        ).logprobs
 
     @property
     def language_model(self) -> LanguageModel:

@@ -14,10 +14,16 @@ from command_line.commands import COMMANDS
 from command_line.config_options import load
 from config.options import options_of
 from config.ppo_config import PPOConfig
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, RewardModelConfig, SFTConfig
 from monitoring.metrics_file import read_metrics
 
-CLASSES = {"train": PPOConfig, "explain": PPOConfig, "sft": SFTConfig, "reward-model": RewardModelConfig}
+CLASSES = {
+    "train": PPOConfig,
+    "explain": PPOConfig,
+    "sft": SFTConfig,
+    "reward-model": RewardModelConfig,
+    "preference": PreferenceConfig,
+}
 
 
 def config(*words: str, name: str = "train") -> Any:

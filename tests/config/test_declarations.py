@@ -12,10 +12,10 @@ from config.model_config import ModelConfig
 from config.options import options_of, sections_of
 from config.ppo_config import PPOConfig
 from config.reference import reference
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, ProcessRewardConfig, RewardModelConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
-STAGES = (PPOConfig, SFTConfig, RewardModelConfig)
+STAGES = (PPOConfig, SFTConfig, RewardModelConfig, ProcessRewardConfig, PreferenceConfig)
 
 
 def test_the_reference_is_what_the_declarations_say() -> None:

@@ -13,12 +13,12 @@ from config.older.names import Renamed
 from config.older.systems import SYSTEMS, find_system, older_flags
 from config.options import options_of
 from config.ppo_config import PPOConfig
-from config.supervised_config import RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, RewardModelConfig, SFTConfig
 from ppo_trainer.algorithms import find_algorithm
 from ppo_trainer.resolution import resolve_config
 
 FILES = Path(__file__).with_name("files")
-STAGES = (PPOConfig, SFTConfig, RewardModelConfig)
+STAGES = (PPOConfig, SFTConfig, RewardModelConfig, PreferenceConfig)
 
 
 def load(system: str | None = None, cls: Any = PPOConfig, **theirs: Any) -> Loaded[Any]:

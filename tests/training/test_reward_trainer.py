@@ -17,7 +17,8 @@ from config.errors import DataLoadError
 from config.model_config import ModelConfig
 from config.supervised_config import RewardModelConfig, SFTConfig
 from models.sft_model import LanguageModel, build_embedded
-from training.reward_trainer import Answer, Ranking, RewardTrainer
+from training.comparisons import Answer, Ranking
+from training.reward_trainer import RewardTrainer
 from training.sft_trainer import SFTTrainer
 
 SMALLEST = ModelConfig(
@@ -90,7 +91,7 @@ def test_rows_become_lists_of_their_kind(base: LanguageModel) -> None:
     end = base.tokenizer.eos_token_id
     assert pairs[0].answers[0].ids == [*encode(base.tokenizer, "abcd"), end]
     lists = trainer.encode(scored("abcde", ["0.75", 1, "-2e1", 0.5, 3]))
-    assert [[a.reward for a in ranking.answers] for ranking in lists] == [[0.75, 1], [-20, 0.5], [3]]
+    assert [[a.reward for a in ranking.answers] for ranking in lists] == [[0.75], [1], [-20], [0.5], [3]]
 
 
 # The loss ------------------------------------------------------------------------------------------------
@@ -308,7 +309,91 @@ def test_rewards_that_differ_between_lists_only_are_not_all_equal(base: Language
     assert max(losses) > 0
 
 
-def test_no_step_is_without_a_comparison(base: LanguageModel) -> None:
-    """Scored answers one at a time can never be compared: refused, rather than a run that learns nothing."""
-    with pytest.raises((DataLoadError, ValueError), match="batch_size"):
-        trainer_of(base, batch_size=1, num_steps=2).train(scored(["a", "b", "c"], [1, 2, 3]))
+# Margins, ranked lists, pairings -------------------------------------------------------------------------
+
+
+def test_a_margin_is_subtracted_from_the_lead(base: LanguageModel) -> None:
+    """A pair's own, or 1; of scored answers the difference of their rewards; times margin_scale."""
+    leads = [
+        raw_score(trainer_of(base), p["prompt"], p["chosen"])
+        - raw_score(trainer_of(base), p["prompt"], p["rejected"])
+        for p in PAIRS
+    ]
+    rows = [{**PAIRS[0], "margin": "2.5"}, PAIRS[1], {**PAIRS[2], "margin": 0.5}]
+    trainer = trainer_of(base, batch_size=3, num_steps=1, margin_scale=0.4)
+    expected = [minus_log_sigmoid(lead - 0.4 * m) for lead, m in zip(leads, (2.5, 1, 0.5), strict=True)]
+    assert trainer.train(rows)["loss"] == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_a_ranked_list_is_every_comparison_in_it(base: LanguageModel) -> None:
+    trainer = trainer_of(base, batch_size=1, num_steps=1)
+    texts = ["a", "bcd", "ef"]
+    s = [raw_score(trainer, "q", text) for text in texts]
+    expected = np.mean([minus_log_sigmoid(s[i] - s[j]) for i, j in ((0, 1), (0, 2), (1, 2))])
+    assert trainer.train([{"prompt": "q", "completions": texts}])["loss"] == pytest.approx(expected, abs=1e-5)
+    by_rewards = trainer_of(base, batch_size=1, num_steps=1)
+    row = {"prompt": "q", "completions": ["ef", "a", "bcd"], "rewards": [-1, "7", 0]}
+    assert by_rewards.train([row])["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("pairing", ["lists", "random", "nearest"])
+def test_scored_answers_one_at_a_time_are_compared_all_the_same(base: LanguageModel, pairing: str) -> None:
+    trainer = trainer_of(base, batch_size=1, num_steps=4, pairing=pairing, learning_rate=1e-2)
+    losses: list[float] = []
+    trainer.train(scored(["a", "b", "c"], [1, 2, 3]), lambda _, metrics: losses.append(metrics["loss"]))
+    assert min(losses) > 0
+    assert 0 <= trainer.accuracy(scored(["a", "b", "c"], [1, 2, 3])) <= 1
+
+
+@pytest.mark.parametrize("pairing", ["lists", "random", "nearest"])
+def test_each_pairing_learns(base: LanguageModel, pairing: str) -> None:
+    train, held_out = answers(200, seed=0), answers(100, seed=1)
+    trainer = trainer_of(base, num_steps=50, batch_size=8, learning_rate=5e-3, pairing=pairing)
+    trainer.train(scored(train, [t.count("a") for t in train]))
+    assert trainer.accuracy(more_a(held_out)) > 0.85
+
+
+def test_no_batch_of_scored_answers_is_without_a_comparison(base: LanguageModel) -> None:
+    """One good answer among many bad ones: nearly every batch has one reward only."""
+    trainer = trainer_of(base, batch_size=2, num_steps=1)
+    rows = trainer.encode(scored(answers(12, seed=0), [1] + [0] * 11))
+    trainer.config = trainer.config.replace(num_steps=20)
+    for batch in trainer._batches(rows):
+        compared = sum(len(ranking.comparisons(0)) for ranking in batch)
+        assert compared >= len([a for ranking in batch for a in ranking.answers]) - 1
+
+
+def test_early_stopping_keeps_the_best_weights(base: LanguageModel) -> None:
+    """Validation rows that say the opposite: every step makes them worse, so the first validation is the best."""
+    wrong = [{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS]
+    options = {"batch_size": 3, "learning_rate": 3e-3, "eval_every": 1}
+    trainer = trainer_of(base, num_steps=30, early_stopping_patience=3, **options)
+    seen: list[dict[str, float]] = []
+    metrics = trainer.train(PAIRS, lambda _, m: seen.append(m), validation=wrong)
+    assert len(seen) == 4
+    assert seen[0]["validation/loss"] < seen[1]["validation/loss"] < seen[3]["validation/loss"]
+    assert metrics["validation/loss"] == seen[0]["validation/loss"]
+    assert trainer.report(wrong).loss == pytest.approx(seen[0]["validation/loss"], abs=1e-6)
+    one = trainer_of(base, num_steps=1, **options)
+    one.train(PAIRS)
+    assert same(weights(one), weights(trainer))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([PAIRS[0], *scored("a", [1])], r"\[1\]: a row of scored answers among rows of pairs"),
+        ([{**PAIRS[0], "margin": -1}], r'\[0\]: "margin" must be above 0, found -1'),
+        ([{"prompt": "q", "completions": ["a"]}], r'\[0\]: "completions" must be a list of two answers'),
+        (
+            [{"prompt": "q", "completions": ["a", "b"], "rewards": [1]}],
+            r'"completions" must be a list of two',
+        ),
+        ([{"prompt": "q", "completions": ["a", "b"], "rewards": [1, "x"]}], r'"rewards" must be a finite'),
+    ],
+)
+def test_lists_and_margins_that_cannot_be_used_are_named(
+    base: LanguageModel, rows: Any, sentence: str
+) -> None:
+    with pytest.raises(DataLoadError, match=sentence):
+        trainer_of(base).train(rows)

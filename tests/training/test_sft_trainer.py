@@ -88,8 +88,8 @@ def test_an_empty_completion_teaches_the_end(base: LanguageModel) -> None:
 
 def test_control_tokens_spelled_out_in_a_row_stay_text(base: LanguageModel) -> None:
     (example,) = SFTTrainer(base, config()).encode([{"prompt": "a", "completion": "<|im_end|>"}])
-    assert len(example.completion) == len("<|im_end|>") + 1
-    assert example.completion.count(base.tokenizer.eos_token_id) == 1
+    assert example.count == len("<|im_end|>") + 1
+    assert example.ids.count(base.tokenizer.eos_token_id) == 1
 
 
 # Training ------------------------------------------------------------------------------------------------
@@ -223,3 +223,146 @@ def test_the_longest_row_that_fits(base: LanguageModel) -> None:
     """Six tokens of prompt, four of completion, and the end."""
     row = {"prompt": "abcdef", "completion": "ghij"}
     assert SFTTrainer(base, config(max_sequence_length=11)).loss([row]) > 0
+
+
+# What is learned -----------------------------------------------------------------------------------------
+
+CHAT = {
+    "prompt": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo <|im_end|>"},  # spelled out: text, and no end of a turn
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "bye"},
+    ],
+    "completion": "ciao",
+}
+
+
+def learned_text(trainer: SFTTrainer, row: Mapping[str, Any]) -> str:
+    (example,) = trainer.encode([row])
+    return trainer.policy.tokenizer.decode([i for i, yes in zip(*example, strict=True) if yes])
+
+
+def test_which_tokens_of_a_chat_are_learned(base: LanguageModel) -> None:
+    of = {kind: SFTTrainer(base, config(loss_on=kind)) for kind in ("completion", "assistant", "text")}
+    assert learned_text(of["completion"], CHAT) == "ciao<|im_end|>"
+    assert learned_text(of["assistant"], CHAT) == "yo <|im_end|><|im_end|>4<|im_end|>ciao<|im_end|>"
+    everything = learned_text(of["text"], CHAT)
+    assert everything.startswith("system\ns<|im_end|>\n<|im_start|>user\nhi")  # all but the very first token
+    assert everything.endswith("<|im_start|>assistant\nciao<|im_end|>")
+    plain = {"prompt": "ab", "completion": "cd"}
+    assert [learned_text(t, plain) for t in of.values()] == ["cd<|im_end|>", "cd<|im_end|>", "bcd<|im_end|>"]
+
+
+def test_the_loss_on_every_turn_by_hand(base: LanguageModel) -> None:
+    trainer = SFTTrainer(base, config(loss_on="assistant"))
+    (example,) = trainer.encode([CHAT])
+    z = np.array(base.model(mx.array([example.ids])))[0].astype(np.float64)
+    logp = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    terms = [-logp[t - 1, example.ids[t]] for t in range(len(example.ids)) if example.learned[t]]
+    assert len(terms) == len("yo <|im_end|>") + 1 + len("4") + 1 + len("ciao") + 1
+    assert trainer.loss([CHAT]) == pytest.approx(np.mean(terms), abs=1e-5)
+
+
+def test_turns_that_cannot_be_told_apart_are_refused(base: LanguageModel) -> None:
+    trainer = SFTTrainer(base, config(loss_on="assistant"))
+    first = {"prompt": CHAT["prompt"][2:], "completion": "x"}  # type: ignore[index]
+    with pytest.raises(DataLoadError, match=r'SFT rows\[0\]: loss_on = "assistant": message 1 of the chat'):
+        trainer.encode([first])
+
+
+# Packing -------------------------------------------------------------------------------------------------
+
+MIXED = [
+    *ROWS,
+    {"prompt": "abc", "completion": ""},
+    {"prompt": "u", "completion": "vw"},
+    {"prompt": "lorem ipsum", "completion": "dolor sit amet"},
+    {"prompt": "x", "completion": "q"},
+]
+
+
+def gradient_of(trainer: SFTTrainer, rows: list[dict[str, str]]) -> dict[str, np.ndarray]:
+    import mlx.nn as nn
+
+    examples = trainer.encode(rows)
+    count = sum(e.count for e in examples)
+    total: dict[str, np.ndarray] = {}
+    for part in trainer._parts(examples):
+        _, tree = nn.value_and_grad(trainer.policy.model, lambda p: trainer._loss(p, count))(part)
+        for name, x in tree_flatten(tree):
+            total[name] = total.get(name, 0) + np.array(x)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("loss_on", ["completion", "text"])
+def test_packed_rows_have_the_gradient_of_the_unpacked(
+    base: LanguageModel, kind: str, checkpointing: bool, loss_on: str
+) -> None:
+    options = {"fine_tune_type": kind, "gradient_checkpointing": checkpointing, "loss_on": loss_on}
+    plain = SFTTrainer(base, config(**options))
+    packing = SFTTrainer(base, config(**options, packing=True, max_sequence_length=32))
+    assert packing.packs
+    (layout,) = packing._parts(packing.encode(MIXED))
+    assert layout.tokens.shape[0] == 2 < len(MIXED)
+    one, other = gradient_of(plain, MIXED), gradient_of(packing, MIXED)
+    assert one.keys() == other.keys()
+    largest = max(float(np.abs(x).max()) for x in one.values())
+    assert largest > 1e-3
+    assert max(float(np.abs(one[k] - other[k]).max()) for k in one) < 1e-5 * max(largest, 1)
+    assert packing.loss(MIXED) == pytest.approx(plain.loss(MIXED), abs=1e-5)
+
+
+def test_micro_batches_of_packed_rows_count_rows(base: LanguageModel) -> None:
+    packing = SFTTrainer(base, config(packing=True, max_sequence_length=32, micro_batch_size=1))
+    parts = packing._parts(packing.encode(MIXED))
+    assert [part.tokens.shape[0] for part in parts] == [1, 1]
+    assert packing.loss(MIXED) == pytest.approx(SFTTrainer(base, config()).loss(MIXED), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_training_packed_is_training_unpacked(base: LanguageModel, size: int) -> None:
+    options = {"num_steps": 4, "learning_rate": 1e-2, "adam_eps": 1e-2, "batch_size": 5}
+    plain = SFTTrainer(base, config(**options))
+    packing = SFTTrainer(base, config(**options, packing=True, max_sequence_length=40, micro_batch_size=size))
+    assert plain.train(MIXED)["loss"] == pytest.approx(packing.train(MIXED)["loss"], rel=1e-4)
+    ours, theirs = weights(plain), weights(packing)
+    assert max(float(np.abs(ours[k] - theirs[k]).max()) for k in ours) < 1e-5
+
+
+# Validation and early stopping ---------------------------------------------------------------------------
+
+
+def test_validation_is_reported_where_it_is_asked_for(base: LanguageModel) -> None:
+    seen: list[dict[str, float]] = []
+    trainer = SFTTrainer(base, config(num_steps=5, eval_every=2, learning_rate=1e-3))
+    metrics = trainer.train(ROWS[:2], lambda _, m: seen.append(m), validation=ROWS[2:])
+    assert ["validation/loss" in m for m in seen] == [False, True, False, True, True]
+    assert metrics["validation/loss"] == pytest.approx(trainer.loss(ROWS[2:]), abs=1e-6)
+    assert metrics["validation/perplexity"] == pytest.approx(np.exp(metrics["validation/loss"]))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_early_stopping_keeps_the_weights_of_the_best_validation(base: LanguageModel, kind: str) -> None:
+    """Learning one row at a large rate makes another worse, after it has first made it better."""
+    trainer = SFTTrainer(
+        base,
+        config(
+            fine_tune_type=kind,
+            num_steps=100,
+            eval_every=1,
+            early_stopping_patience=4,
+            learning_rate=3e-2,
+            lora_dropout=0.0,
+        ),
+    )
+    seen: list[float] = []
+    trainer.train(ROWS[:1], lambda _, m: seen.append(m["validation/loss"]), validation=ROWS[1:])
+    best = int(np.argmin(seen))
+    assert len(seen) == best + 1 + 4 < 100
+    assert trainer.loss(ROWS[1:]) == pytest.approx(seen[best], abs=1e-6)
+    assert trainer.loss(ROWS[1:]) < seen[-1]
