@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +81,8 @@ class ParsedExport:
 def read_messages(text: str) -> list[Message]:
     """The messages of one conversation's file, those without words left out.
 
-    >>> read_messages("May 17, 2022  5:29:42 PM\\nMe\\nHello\\nthere\\n\\nMay 18, 2022  9:00:00 AM\\n+15551234567\\nHi\\n")
-    [Message(sender='Me', text='Hello\\nthere'), Message(sender='+15551234567', text='Hi')]
+    >>> read_messages("May 17, 2022  5:29:42 PM\\nMe\\nHello\\nthere\\n\\nMay 18, 2022  9:00:00 AM\\n+15551\\nHi\\n")
+    [Message(sender='Me', text='Hello\\nthere'), Message(sender='+15551', text='Hi')]
     """
     messages = []
     for block in _blocks(text.removeprefix("\ufeff").splitlines()):
@@ -130,7 +131,7 @@ def pairs_of(messages: Sequence[Message], me: str = "Me") -> list[Pair]:
         turns[-1][1].append(message.text)
     return [
         Pair("\n".join(theirs), "\n".join(mine))
-        for (is_mine, theirs), (_, mine) in zip(turns, turns[1:], strict=False)
+        for (is_mine, theirs), (_, mine) in pairwise(turns)
         if not is_mine
     ]
 

@@ -1,7 +1,7 @@
 """A language model behind an OpenAI-compatible address: one question, one answer, as many tries as are allowed.
 
-Nothing is sent to anybody unless the user names the address. The key is read from an environment variable when a request
-is made; it stands in no config, message, cache or log.
+Nothing is sent to anybody unless the user names the address. The key is read from an environment variable when a
+request is made; it stands in no config, message, cache or log.
 """
 
 from __future__ import annotations

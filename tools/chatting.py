@@ -100,8 +100,8 @@ class Conversation:
             # A reply goes with what it answers, so that the conversation begins with the user.
             if len(messages) - first < 3:
                 raise DataLoadError(
-                    f"the message takes {len(ids)} tokens{' with the system message' if first else ''}, --max-context is "
-                    f"{self.max_context}; shorten it or raise the limit"
+                    f"the message takes {len(ids)} tokens{' with the system message' if first else ''}, --max-context "
+                    f"is {self.max_context}; shorten it or raise the limit"
                 )
             messages = [*messages[:first], *messages[first + 2 :]]
             ids = self._encoded(messages)

@@ -76,8 +76,8 @@ def check_can_be_fused(folder: Path) -> None:
     description = read_description(folder)
     if "soft_prompt" in str(description.get("fine_tune_type")) or any(folder.glob("soft_prompt*")):
         raise InvalidConfigurationError(
-            f"--adapter-path: {folder} has a soft prompt, and vectors that stand before the prompt's own are no part of "
-            "any weight, so there is nothing to add them to; use it as it is: generate, chat and train take it by "
+            f"--adapter-path: {folder} has a soft prompt, and vectors that stand before the prompt's own are no part "
+            "of any weight, so there is nothing to add them to; use it as it is: generate, chat and train take it by "
             "--adapter-path"
         )
 
@@ -100,8 +100,8 @@ def _check_gguf(name: str, file: str, packed: bool) -> None:
     kind = None if name == EMBEDDED else read_config(name).get("model_type")
     if kind not in GGUF_TYPES:
         raise InvalidConfigurationError(
-            f"--export-gguf: mlx-lm writes GGUF for {', '.join(GGUF_TYPES)}, and this model is {kind or 'qwen3'}; leave "
-            "it out and convert the fused folder with llama.cpp's convert_hf_to_gguf.py"
+            f"--export-gguf: mlx-lm writes GGUF for {', '.join(GGUF_TYPES)}, and this model is {kind or 'qwen3'}; "
+            "leave it out and convert the fused folder with llama.cpp's convert_hf_to_gguf.py"
         )
     if packed:
         raise InvalidConfigurationError(
@@ -124,6 +124,6 @@ def _write_gguf(folder: Path, model: Any, config: dict[str, Any], file: str) -> 
             convert_to_gguf(folder, named_arrays(model.parameters()), config, str(folder / file))
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise InvalidConfigurationError(
-            f"--export-gguf: mlx-lm cannot write this model ({type(error).__name__}: {str(error).splitlines()[0]}); leave "
-            "it out and convert the fused folder with llama.cpp's convert_hf_to_gguf.py"
+            f"--export-gguf: mlx-lm cannot write this model ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "leave it out and convert the fused folder with llama.cpp's convert_hf_to_gguf.py"
         ) from error

@@ -99,7 +99,7 @@ def adapter_folder(name: str, field: str = "--adapter-path") -> Path:
             read_description(folder)
             return folder
     raise CheckpointError(
-        f'{field}: "{name}" holds no adapter ({WEIGHTS} and {DESCRIPTION}, or final/ with them); give a folder that does'
+        f'{field}: "{name}" holds no adapter ({WEIGHTS} and {DESCRIPTION}, or final/ with them); give another one'
     )
 
 
@@ -152,3 +152,20 @@ def source_folder(name: str) -> Path | None:
         return None
     path = Path(name).expanduser()
     return path if path.is_dir() else Path(hf_repo_to_path(name))
+
+
+def base_of(adapter: str) -> str:
+    """The base that an adapter was trained on: the one saved beside it, else the name in its description.
+
+    Raises:
+        InvalidConfigurationError: neither is there.
+    """
+    folder = adapter_folder(adapter)
+    if (folder / "base" / "config.json").is_file():
+        return str(folder / "base")
+    name = read_description(folder).get("model")
+    if not isinstance(name, str):
+        raise InvalidConfigurationError(
+            f"--model: {folder} does not say what it was trained on; name its base model"
+        )
+    return name

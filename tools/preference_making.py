@@ -133,7 +133,7 @@ def from_model(base: LanguageModel, how: DecodingConfig, members: int, max_promp
             ids = encode_prompt(base.tokenizer, prompt)
             check_length(len(ids), f"row {number}", max_prompt)
             prompts.append(ids)
-        # Of its own numbers for each chunk, the same whether or not earlier rows were there already.
+        # A chunk has random numbers of its own, so that a run that goes on repeats none of the earlier ones.
         seeded = how.replace(seed=(how.seed * 1_000_003 + asked[0][0]) % (1 << 63))
         answers = iter(generate(base, prompts, seeded, members=members))
         return [[next(answers).text for _ in range(members)] for _ in prompts]
@@ -167,8 +167,8 @@ def from_endpoint(
             return endpoint.ask(body, _not_empty)
         except NoAnswerError as error:
             raise TrainingRuntimeError(
-                f"--url: {endpoint.url} gave no answer to row {number} {error}; what was answered before is in the output "
-                "file, and the same command goes on from there"
+                f"--url: {endpoint.url} gave no answer to row {number} {error}; what was answered before is in the "
+                "output file, and the same command goes on from there"
             ) from error
 
     def sample(asked: Sequence[tuple[int, Any]]) -> list[list[str]]:

@@ -128,7 +128,7 @@ def upload(folder: Path, repo: str, base: str | None, *, consented: bool) -> boo
     except Exception as error:  # the hub client's and the network's many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"--upload-repo: {repo} could not be uploaded ({type(error).__name__}: {reason}); the model is in {folder}, "
-            f"hf upload {repo} {folder} tries again"
+            f"--upload-repo: {repo} could not be uploaded ({type(error).__name__}: {reason}); the model is in "
+            f"{folder}, hf upload {repo} {folder} tries again"
         ) from error
     return True
