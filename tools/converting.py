@@ -109,6 +109,9 @@ def _converted(loaded: LanguageModel, how: Conversion) -> LanguageModel:
     model, config = loaded.model, dict(loaded.config)
     if how.dequantize:  # first: what it unpacks is in the type of its scales
         model = dequantized(model, config)
+    stored = config.get("torch_dtype", config.get("dtype"))
+    if how.dequantize and how.dtype is None and stored in DTYPES:
+        _cast(model, str(stored))  # some modes unpack to bfloat16, whatever they were packed from
     if how.dtype is not None:
         _cast(model, how.dtype)
         config.update(

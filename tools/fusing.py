@@ -13,7 +13,7 @@ from base_setup.parameters import named_arrays
 from config.errors import InvalidConfigurationError
 from models.sft_model import EMBEDDED, LanguageModel
 from tools.converting import dequantized
-from tools.loading import adapter_folder, is_quantized, read_model
+from tools.loading import adapter_folder, embedded_of, is_quantized, read_model
 from tools.saving import check_new, fresh_folder, save_whole
 
 GGUF_TYPES = ("llama", "mistral", "mixtral")  # those that mlx-lm writes
@@ -49,7 +49,7 @@ def fuse(
     if gguf is not None:
         _check_gguf(name, gguf, packed and not de_quantize)
     with fresh_folder(path, "--save-path") as folder:
-        base = read_model(name, trust_remote_code=trust_remote_code)
+        base = read_model(name, trust_remote_code=trust_remote_code, embedded=embedded_of(source))
         kind = load_adapter(base.model, source).get("fine_tune_type", "lora")
         layers = _fuse_layers(base.model, de_quantize)
         config = dict(base.config)

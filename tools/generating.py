@@ -184,7 +184,9 @@ def _sampler(
             logprobs = apply_xtc(logprobs, how.xtc_probability, how.xtc_threshold, spared)
         if how.temperature == 0:
             return mx.argmax(logprobs, axis=-1)
-        uniform = uniforms[min(column, len(uniforms) - 1)]  # mlx-lm launches one step more than it takes
+        uniform = float(
+            uniforms[min(column, len(uniforms) - 1)]
+        )  # mlx-lm launches one step more than it takes
         column += 1
         return draw(sampling_weights(logprobs, sampling), mx.array([uniform]))[0]
 

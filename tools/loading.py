@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,23 @@ from models.sft_model import EMBEDDED, LanguageModel, build_embedded, existing_m
 RUN_PARTS = ("final", "interrupted", "")
 
 
-def read_model(name: str, *, trust_remote_code: bool = False, field: str = "--model") -> LanguageModel:
+def read_model(
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    field: str = "--model",
+    embedded: tuple[ModelConfig, int] | None = None,
+) -> LanguageModel:
     """A model as it is on disk, its weights in the types they are stored in and not computed yet.
 
     Args:
         name: a folder, a Hugging Face name, or "embedded".
-        trust_remote_code: let the model's own Python files run.
+        trust_remote_code: let the model's own Python files run. embedded: architecture and seed of "embedded".
     Raises:
         ModelLoadError: one sentence that begins with ``field``.
     """
     if name == EMBEDDED:
-        return build_embedded(ModelConfig.tiny(), seed=0)
+        return build_embedded(*(embedded or (ModelConfig.tiny(), 0)))
     found = existing_model(name, field)
     try:
         model, tokenizer, config = mlx_lm.load(  # type: ignore[misc]
@@ -67,7 +76,8 @@ def load_for_use(
         quantize: the base to 4 bits in groups of 64 before the adapter is put on it, as for training on such a base.
     """
     folder = None if adapter is None else adapter_folder(adapter)
-    loaded = read_model(name, trust_remote_code=trust_remote_code, field=field)
+    made = None if folder is None else embedded_of(folder)
+    loaded = read_model(name, trust_remote_code=trust_remote_code, field=field, embedded=made)
     model, config = loaded.model, loaded.config
     end_token_ids(loaded.tokenizer)
 
@@ -117,9 +127,6 @@ def quantized(
     Raises:
         InvalidConfigurationError: no layer's width is a multiple of the group size, so nothing would be packed.
     """
-    import contextlib
-    import io
-
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model, config = quantize_model(model, config, group_size, bits, mode, quant_predicate=predicate)
@@ -163,9 +170,30 @@ def base_of(adapter: str) -> str:
     folder = adapter_folder(adapter)
     if (folder / "base" / "config.json").is_file():
         return str(folder / "base")
-    name = read_description(folder).get("model")
+    name = _written_down(folder).get("model_name") or read_description(folder).get("model")
     if not isinstance(name, str):
         raise InvalidConfigurationError(
             f"--model: {folder} does not say what it was trained on; name its base model"
         )
     return name
+
+
+def embedded_of(folder: Path) -> tuple[ModelConfig, int] | None:
+    """Architecture and seed of the embedded model that a run trained, if it wrote them down."""
+    config = _written_down(folder)
+    try:
+        return ModelConfig(**config["embedded_model"]), int(config["seed"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _written_down(folder: Path) -> dict[str, Any]:
+    """The config of the run that left an adapter in ``folder``; empty where there is none."""
+    for path in (folder / "ppo_config.json", folder.parent / "config.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("config"), dict):
+            return dict(content["config"])
+    return {}

@@ -1,7 +1,7 @@
 """One file from a base model to a fused one: SFT → reward model → PPO or GRPO → evaluation → fuse.
 
-The file has a heading for each stage that is wanted, with the options of that stage's command under it, and ``[pipeline]``
-with what they share. Each stage begins from what the ones before it left:
+The file has a heading for each stage that is wanted, with the options of that stage's command under it, and
+``[pipeline]`` with what they share. Each stage begins from what the ones before it left:
 
     sft            from the base
     reward_model   from the base with the SFT adapter (or the SFT model)
@@ -69,21 +69,19 @@ def read_plan(path: str | Path) -> Plan:
         place = f"{file}:{one.line}" if one.line is not None else str(file)
         if heading not in (SHARED, *STAGES):
             raise InvalidConfigurationError(
-                f"{place}: {one.name} stands under [{heading}], and one of [{'], ['.join((SHARED, *STAGES))}] is expected"
+                f"{place}: {one.name} stands under [{heading}], and one of [{'], ['.join((SHARED, *STAGES))}] is "
+                "expected"
             )
         stages.setdefault(heading, {})[one.name.replace("-", "_")] = one
+    for one in read_settings(file, lambda name: True):  # a heading with nothing under it is a stage, too
+        if isinstance(one.value, dict) and not one.value and one.name.replace("-", "_") in STAGES:
+            stages.setdefault(one.name.replace("-", "_"), {})
     shared = stages.pop(SHARED, {})
     output = shared.pop("output_dir", None)
     if output is None or not isinstance(output.value, str):
         raise InvalidConfigurationError(
             f"{file}: [{SHARED}] has no output_dir; name the folder for all stages"
         )
-    for name in shared.pop("stages", Setting((), "stages", [], None)).value:  # those with nothing to set
-        if name not in STAGES:
-            raise InvalidConfigurationError(
-                f"{file}: stages: {', '.join(STAGES)} are expected, found {name!r}"
-            )
-        stages.setdefault(name, {})
     if not stages:
         raise InvalidConfigurationError(f"{file}: there is no stage; add a heading such as [sft] or [train]")
     for stage, settings in stages.items():
@@ -131,7 +129,7 @@ def settings_of(plan: Plan, stage: str) -> Iterator[Setting]:
     """What a stage is run with: shared settings that it has, what the stages before it left, its own."""
     own, shared = plan.stages[stage], plan.shared
     derived = dict(_derived(plan, stage))
-    names = {**{n: s for n, s in shared.items() if stage not in OWN or n != "stages"}, **derived, **own}
+    names = {**shared, **derived, **own}
     yield from (one._replace(name=name) for name, one in names.items())
 
 
