@@ -183,7 +183,7 @@ def test_a_soft_prompt_is_refused_with_its_reason(saved: Path, tmp_path: Path) -
     folder, _ = adapter(saved, tmp_path / "adapter")
     (folder / "soft_prompt.safetensors").write_bytes(b"")
     with pytest.raises(
-        InvalidConfigurationError, match="has a soft prompt, and vectors .* no part of any weight"
+        InvalidConfigurationError, match=r"has a soft prompt, and vectors .* no part of any weight"
     ):
         fuse(str(saved), str(folder), tmp_path / "fused")
 

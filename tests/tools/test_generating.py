@@ -65,7 +65,7 @@ def test_mlx_lms_further_samplers_do_something(tiny: LanguageModel) -> None:
         0
     ].ids
     assert len(set(free)) == 12 > len(set(plain)) - 1
-    with pytest.raises(InvalidConfigurationError, match="token ids from 0 to .* are expected, found 9999"):
+    with pytest.raises(InvalidConfigurationError, match=r"token ids from 0 to .* are expected, found 9999"):
         generate(tiny, [PROMPTS[0]], DecodingConfig(logit_bias={9999: 1.0}))
 
 
