@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line.config_options import add_override
+from command_line.evaluate import EVALUATE
 from command_line.parsing import Command, Parser, one_of
+from command_line.supervised import REWARD_MODEL, SFT
+from command_line.train import TRAIN
 from config.errors import InvalidConfigurationError, ToolkitError, TrainingRuntimeError
 
 if TYPE_CHECKING:
     from config.files import Setting
     from tools.pipeline import Plan
 
-STAGES = ("sft", "reward_model", "train", "evaluate", "fuse")
+COMMANDS = {"sft": SFT, "reward_model": REWARD_MODEL, "train": TRAIN, "evaluate": EVALUATE}
+STAGES = (*COMMANDS, "fuse")
 
 
 def _options(parser: Parser) -> None:
@@ -67,9 +71,7 @@ def run_stage(plan: Plan, stage: str, settings: list[Setting], folder: Path) -> 
 
 
 def _by_command(stage: str, settings: list[Setting], folder: Path) -> int:
-    from command_line.commands import COMMANDS
-
-    command = COMMANDS[stage.replace("_", "-")]
+    command = COMMANDS[stage]
     named = {one.name: one.value for one in settings}
     words = []
     if stage == "evaluate":

@@ -27,7 +27,7 @@ class Conversation:
 
     Attributes:
         messages: role and content, the system's first where there is one.
-        was_cut: whether the last prompt left out an earlier part of the conversation.
+        was_cut: whether a part of the conversation has been left out.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids, kept = self._fitting(asked)
-        self.was_cut = len(kept) < len(asked) or (self.template == "lines" and len(ids) == self.max_context)
+        self.was_cut |= len(kept) < len(asked) or (self.template == "lines" and len(ids) == self.max_context)
         self._turn += 1
         reply = UntilStop(STOPS[self.template])
         told: tuple[int, ...] = ()

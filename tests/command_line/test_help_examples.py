@@ -24,12 +24,12 @@ def examples(name: str) -> list[str]:
 def test_the_examples_run_as_they_stand(
     name: str, workplace: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nclear\nq\n"))
     if name in ("evaluate", "fuse"):  # of a run that there is
         trained = command("train", "--config", "run.yaml", "--output-dir", "runs/digits")
         assert trained.code == 0, trained.err
     assert len(examples(name)) == 2
     for example in examples(name):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nclear\nq\n"))
         words = shlex.split(example)
         assert words[:2] == ["python", "main.py"]
         done = command(*words[2:])

@@ -116,7 +116,7 @@ def test_lines_are_those_of_mlx_rlhf_and_cut_at_a_token(tiny: LanguageModel) -> 
     asked = [*chat.messages, {"role": "user", "content": "c"}]
     assert tiny.tokenizer.decode(chat._fitting(asked)[0]) == "\nUser: a\nSystem: b\nUser: c\nSystem:"
     chat.max_context = 10
-    assert tiny.tokenizer.decode(chat._fitting(asked)[0]) == "c\nSystem:"
+    assert tiny.tokenizer.decode(chat._fitting(asked)[0]) == " c\nSystem:"
 
 
 def test_mlx_lms_server_serves_what_we_save(tiny: LanguageModel, tmp_path: Path) -> None:
