@@ -116,9 +116,7 @@ def test_an_exchange_that_was_had_in_training_is_no_test(tmp_path: Path) -> None
 def test_context_is_so_many_words(tmp_path: Path) -> None:
     parsed = read_export(export(tmp_path, a=conversation(20)))
     rows = split_rows(parsed, "Jo", validation_fraction=0, context_words=4)["train"]
-    assert rows[5]["prompt"] == "9\nJo: line 9\nUser: line 10\nJo:".replace(
-        "9\nJo: line 9", "Jo: line 9"
-    ).replace("Jo: line 9\nUser", "8\nJo: line 9\nUser")
+    assert rows[5]["prompt"] == "8\nJo: line 9\nUser: line 10\nJo:"  # 8 / Jo: / line / 9
     assert (
         split_rows(parsed, "Jo", validation_fraction=0, context_words=0)["train"][5]["prompt"]
         == "\nUser: line 10\nJo:"
