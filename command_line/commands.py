@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from command_line.chat import CHAT
+from command_line.convert import CONVERT
 from command_line.data import DATA
 from command_line.digits import DIGITS
 from command_line.evaluate import EVALUATE
 from command_line.explaining import EXPLAIN
+from command_line.fuse import FUSE
+from command_line.generate import GENERATE
 from command_line.generate_config import GENERATE_CONFIG
+from command_line.imessage import IMESSAGE
+from command_line.make_preferences import MAKE_PREFERENCES
 from command_line.parsing import Command
+from command_line.pipeline import PIPELINE
 from command_line.preference import PREFERENCE
 from command_line.preprocess import PREPROCESS
 from command_line.rewards import REWARDS
@@ -31,28 +38,32 @@ COMMANDS: dict[str, Command] = {
         EVALUATE,
         EXPLAIN,
         REWARDS,
+        CONVERT,
+        FUSE,
+        PIPELINE,
+        GENERATE,
+        CHAT,
+        MAKE_PREFERENCES,
+        IMESSAGE,
         DIGITS,
     )
 }
 
-#: What the systems that came before have a command for, and what to do until it is here.
-NOT_YET = {
-    "chat": "mlx_lm.chat --model NAME --adapter-path RUN/final talks to what was trained",
-    "infer": "mlx_lm.generate --model NAME --adapter-path RUN/final answers a prompt",
-    "fuse": "mlx_lm.fuse --model NAME --adapter-path RUN/final makes one model of base and adapter",
-    "convert": "mlx_lm.convert --hf-path NAME converts and quantises a model",
+#: What older systems call some of them.
+ALIASES = {
+    "infer": "generate",
+    "inference": "generate",
+    "talk-to-model": "chat",
+    "convert-model": "convert",
 }
 
 
 def find_command(name: str) -> Command:
     """The command of this name, ``_`` being ``-``; another word is refused with the nearest."""
     dashed = name.replace("_", "-")
+    dashed = ALIASES.get(dashed, dashed)
     if dashed in COMMANDS:
         return COMMANDS[dashed]
-    if dashed in NOT_YET:
-        raise InvalidConfigurationError(
-            f"{name}: this command is not there yet; until then, {NOT_YET[dashed]}"
-        )
     raise InvalidConfigurationError(
         f'there is no command "{name}"{nearest(dashed, COMMANDS) or "; there are " + ", ".join(COMMANDS)}'
     )

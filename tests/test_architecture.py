@@ -26,6 +26,7 @@ PACKAGES = (
     "ppo_trainer",
     "checkpointing",
     "monitoring",
+    "tools",
     "command_line",
     "examples",
     "benchmarks",
@@ -49,7 +50,7 @@ LAYERS = (
     ("base_setup", "checkpointing", "data_loading", "models", "rewards"),
     ("experience_buffer", "training", "ppo_trainer.generator"),
     ("ppo_trainer",),
-    ("main", "command_line", "examples", "benchmarks"),
+    ("main", "tools", "command_line", "examples", "benchmarks"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LEVEL["monitoring"] = LEVEL["ppo_trainer"]  # what it may import in its turn is a rule of its own

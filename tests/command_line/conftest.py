@@ -34,6 +34,34 @@ TINY = {
 }
 
 
+#: Every stage of a pipeline, with that model.
+PIPELINE = """
+[pipeline]
+output_dir = "out"
+model_name = "embedded"
+embedded_model = {hidden_size = 16, num_attention_heads = 2, num_key_value_heads = 1, num_layers = 1}
+batch_size = 3
+[sft]
+train_path = "pairs.jsonl"
+num_steps = 2
+learning_rate = 1e-2
+[reward_model]
+train_path = "preferences.jsonl"
+num_steps = 2
+[train]
+algorithm = "grpo"
+train_path = "prompts.jsonl"
+group_size = 2
+num_steps = 2
+max_new_tokens = 6
+learning_rate = 1e-2
+[evaluate]
+val_path = "prompts.jsonl"
+max_new_tokens = 6
+[fuse]
+"""
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with data files and ``run.yaml``."""
@@ -54,6 +82,16 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "batches:\n  batch_size: 3\n  num_steps: 2\n",
         encoding="utf-8",
     )
+    chat = tmp_path / "message_data"
+    chat.mkdir()
+    (chat / "+15551230000.txt").write_text(
+        "".join(
+            f"May 0{1 + n // 24}, 2022  5:{n % 60:02d}:42 PM\n{'Me' if n % 2 else '+15551230000'}\nline {n}\n\n"
+            for n in range(48)
+        ),
+        encoding="utf-8",
+    )
+    (tmp_path / "pipeline.toml").write_text(PIPELINE, encoding="utf-8")
     return tmp_path
 
 

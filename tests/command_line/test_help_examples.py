@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,15 @@ def examples(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_examples_run_as_they_stand(name: str, workplace: Path, command: Callable[..., Any]) -> None:
-    if name == "evaluate":  # of a run that there is
+def test_the_examples_run_as_they_stand(
+    name: str, workplace: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in ("evaluate", "fuse"):  # of a run that there is
         trained = command("train", "--config", "run.yaml", "--output-dir", "runs/digits")
         assert trained.code == 0, trained.err
     assert len(examples(name)) == 2
     for example in examples(name):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nclear\nq\n"))
         words = shlex.split(example)
         assert words[:2] == ["python", "main.py"]
         done = command(*words[2:])

@@ -1,0 +1,196 @@
+"""One file from a base model to a fused one: SFT → reward model → PPO or GRPO → evaluation → fuse.
+
+The file has a heading for each stage that is wanted, with the options of that stage's command under it, and
+``[pipeline]`` with what they share. Each stage begins from what the ones before it left:
+
+    sft            from the base
+    reward_model   from the base with the SFT adapter (or the SFT model)
+    train          the same; its reward is the learned one where there is one and the file names no other
+    evaluate       what train left
+    fuse           base and last adapter as one model
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from base_setup.lora_setup import DESCRIPTION, WEIGHTS
+from config.errors import InvalidConfigurationError
+from config.files import Setting, read_settings
+from config.loader import STAGES as CONFIGS
+from config.options import options_of
+from models.sft_model import EMBEDDED
+from tools.stage_folders import contents, inputs_hash, is_complete, set_aside, stamp
+
+STAGES = ("sft", "reward_model", "train", "evaluate", "fuse")
+SHARED = "pipeline"
+#: Options of the stages that have no config class.
+OWN = {"evaluate": {"benchmark", "benchmark_data", "limit"}, "fuse": {"de_quantize", "export_gguf"}}
+#: Options that name files: a stage is done again when what is in them changes.
+FILES = ("train_path", "val_path", "adapter_path", "model_name", "benchmark_data")
+
+#: Carries out one stage with these settings, (name, value, place) each, in a folder.
+Runner = Callable[[str, list[Setting], Path], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a file, in order, each with its settings.
+
+    Attributes:
+        shared: settings of all stages. path: of the file, for sentences.
+    """
+
+    path: Path
+    output_dir: Path
+    shared: dict[str, Setting] = field(default_factory=dict)
+    stages: dict[str, dict[str, Setting]] = field(default_factory=dict)
+
+    def place(self, setting: Setting) -> str:
+        """``file:line``."""
+        return f"{self.path}:{setting.line}" if setting.line is not None else str(self.path)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The stages that a file asks for.
+
+    Raises:
+        InvalidConfigurationError: a heading that is no stage, a setting outside of them, no stage at all.
+    """
+    file = Path(path).expanduser()
+    nested = {name for config in CONFIGS for name, one in options_of(config).items() if one.is_nested}
+    stages: dict[str, dict[str, Setting]] = {}
+    for one in read_settings(file, lambda name: name.replace("-", "_") in nested):
+        heading = one.headings[0].replace("-", "_") if one.headings else ""
+        place = f"{file}:{one.line}" if one.line is not None else str(file)
+        if heading not in (SHARED, *STAGES):
+            raise InvalidConfigurationError(
+                f"{place}: {one.name} stands under [{heading}], and one of [{'], ['.join((SHARED, *STAGES))}] is "
+                "expected"
+            )
+        stages.setdefault(heading, {})[one.name.replace("-", "_")] = one
+    for one in read_settings(file, lambda name: True):  # a heading with nothing under it is a stage, too
+        if isinstance(one.value, dict) and not one.value and one.name.replace("-", "_") in STAGES:
+            stages.setdefault(one.name.replace("-", "_"), {})
+    shared = stages.pop(SHARED, {})
+    output = shared.pop("output_dir", None)
+    if output is None or not isinstance(output.value, str):
+        raise InvalidConfigurationError(
+            f"{file}: [{SHARED}] has no output_dir; name the folder for all stages"
+        )
+    if not stages:
+        raise InvalidConfigurationError(f"{file}: there is no stage; add a heading such as [sft] or [train]")
+    for stage, settings in stages.items():
+        for name in ("output_dir", "resume"):
+            if name in settings:
+                raise InvalidConfigurationError(
+                    f"{file}:{settings[name].line}: {name} is the pipeline's own; leave it out of [{stage}]"
+                )
+    ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
+    if "evaluate" in ordered and not {"train", "sft"} & ordered.keys():
+        raise InvalidConfigurationError(
+            f"{file}: [evaluate] needs [train] or [sft], of which there is neither"
+        )
+    if "fuse" in ordered and not {"train", "sft"} & ordered.keys():
+        raise InvalidConfigurationError(f"{file}: [fuse] needs [train] or [sft], of which there is neither")
+    return Plan(file, Path(output.value).expanduser(), shared, ordered)
+
+
+def run_pipeline(
+    plan: Plan, run_stage: Runner, *, only: str | None = None, say: Callable[[str], None] = print
+) -> None:
+    """Carry out what is not done yet, in order.
+
+    Args:
+        run_stage: does the work of one stage. only: stop after this stage.
+    """
+    for number, stage in enumerate(plan.stages, start=1):
+        folder = plan.output_dir / stage
+        settings = list(settings_of(plan, stage))
+        inputs = inputs_hash(_inputs(settings))
+        title = f"── {number}/{len(plan.stages)} {stage}"
+        if is_complete(folder, inputs):
+            say(f"{title}: done already, in {folder}")
+        else:
+            old = set_aside(folder)
+            say(title + (f" (what was in {folder} is in {old} now)" if old is not None else ""))
+            run_stage(stage, settings, folder)
+            stamp(folder, inputs)
+            _forget()
+        if stage == only:
+            return
+
+
+def settings_of(plan: Plan, stage: str) -> Iterator[Setting]:
+    """What a stage is run with: shared settings that it has, what the stages before it left, its own."""
+    own, shared = plan.stages[stage], plan.shared
+    derived = dict(_derived(plan, stage))
+    names = {**shared, **derived, **own}
+    yield from (one._replace(name=name) for name, one in names.items())
+
+
+def _derived(plan: Plan, stage: str) -> Iterator[tuple[str, Setting]]:
+    """Model, adapter, reward and checkpoint as the stages before this one leave them."""
+
+    def made(name: str, value: Any) -> tuple[str, Setting]:
+        return name, Setting((stage,), name, value, None)
+
+    before = [one for one in ("sft", "train") if one in plan.stages and one != stage]
+    if stage in ("reward_model", "train") and "sft" in plan.stages:
+        yield from (made(name, value) for name, value in _weights(plan, "sft").items())
+    if stage == "train" and "reward_model" in plan.stages and "rewards" not in plan.stages["train"]:
+        yield made("rewards", [f"learned:{plan.output_dir / 'reward_model' / 'final'}"])
+    if stage in ("evaluate", "fuse"):
+        last = plan.output_dir / before[-1]
+        yield made("checkpoint", str(last))
+        if before[-1] == "train" and "sft" in before:
+            found = _weights(plan, "sft")
+            yield made("model_name", found["model_name"])
+
+
+def _weights(plan: Plan, stage: str) -> dict[str, str]:
+    """``model_name`` and, for an adapter, ``adapter_path`` that a finished stage stands for."""
+    folder = plan.output_dir / stage
+    if (folder / "model").is_dir():
+        return {"model_name": str(folder / "model")}
+    base = folder / "final" / "base"  # of a model that has no folder of its own
+    named = plan.stages[stage].get("model_name") or plan.shared.get("model_name")
+    name = str(base) if base.is_dir() else str(named.value if named is not None else EMBEDDED)
+    return {"model_name": name, "adapter_path": str(folder / "final")}
+
+
+def _inputs(settings: list[Setting]) -> dict[str, Any]:
+    """Settings by name, those that name files with what is in them."""
+    inputs: dict[str, Any] = {one.name: one.value for one in settings}
+    files = {name: contents(inputs[name]) for name in FILES if isinstance(inputs.get(name), str)}
+    learned = [
+        contents(name.removeprefix("learned:"))
+        for name in _texts(inputs.get("rewards"))
+        if name.startswith("learned:")
+    ]
+    checkpoint = inputs.get("checkpoint")
+    if isinstance(checkpoint, str):
+        weights = [
+            Path(checkpoint) / "final" / WEIGHTS,
+            Path(checkpoint) / "final" / DESCRIPTION,
+            Path(checkpoint) / "model",
+        ]
+        files["checkpoint"] = [contents(one) for one in weights]
+    return {"settings": inputs, "files": files, "learned": learned}
+
+
+def _texts(value: Any) -> list[str]:
+    parts = value if isinstance(value, list) else [value]
+    return [str(part.get("name") if isinstance(part, dict) else part) for part in parts if part]
+
+
+def _forget() -> None:
+    """Give back a stage's memory before the next one takes its own."""
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
