@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from command_line.data import DATA
 from command_line.digits import DIGITS
+from command_line.doctor import DOCTOR
 from command_line.evaluate import EVALUATE
 from command_line.explaining import EXPLAIN
 from command_line.generate_config import GENERATE_CONFIG
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Command] = {
         PREPROCESS,
         SFT,
         REWARD_MODEL,
+        DOCTOR,
         TRAIN,
         EVALUATE,
         EXPLAIN,

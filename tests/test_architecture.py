@@ -24,6 +24,7 @@ PACKAGES = (
     "rewards",
     "training",
     "ppo_trainer",
+    "diagnosis",
     "monitoring",
     "command_line",
     "examples",
@@ -47,6 +48,7 @@ LAYERS = (
     ("base_setup", "data_loading", "models", "rewards"),
     ("experience_buffer", "training", "ppo_trainer.generator"),
     ("ppo_trainer",),
+    ("diagnosis",),
     ("main", "command_line", "examples", "benchmarks"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
