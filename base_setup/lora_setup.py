@@ -23,6 +23,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from base_setup.parameters import named_arrays
+from base_setup.untrusted import check_adapter_folder
 from config.errors import CheckpointError, InvalidConfigurationError
 from config.training_config import TrainingConfig
 
@@ -144,6 +145,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder}: {name} is missing; an adapter folder holds {WEIGHTS} and {DESCRIPTION}"
             )
+    check_adapter_folder(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -460,9 +460,7 @@ def _head(arch: Architecture, options: PPOConfig, sampled: int, device: str) -> 
     return copies * rows * arch.vocabulary * FLOAT32, arch.embedding * FLOAT32 * min(chunks, 2) * full
 
 
-def _rollouts(
-    arch: Architecture, options: PPOConfig, rows: int, prompt: int, device: str
-) -> dict[str, int]:
+def _rollouts(arch: Architecture, options: PPOConfig, rows: int, prompt: int, device: str) -> dict[str, int]:
     """The prompts' pass; keys and values of all rows, one layer's twice while it grows; what is sampled from."""
     prompts = _Pass(min(options.batch_size, rows), prompt, prompt)
     shared = device == "cpu" and arch.small_bytes == FLOAT32  # models.prefix_cache.SharedCache

@@ -34,6 +34,11 @@ class TrainingConfig(DataConfig):
     embedded_model: ModelConfig = option(
         default=ModelConfig.tiny(), meaning='Architecture used when model_name is "embedded".'
     )
+    trust_remote_code: bool = option(
+        default=False,
+        meaning="Run Python code that comes with the model or its tokenizer; it can do whatever you can, so read it "
+        "first.",
+    )
     adapter_path: str | None = option(
         section="adapter", default=None, meaning="Folder of an adapter to start from (mlx-lm format)."
     )

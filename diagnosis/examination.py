@@ -1,6 +1,6 @@
 """The doctor: a few steps of the user's own run in a temporary folder, and every check on what they left.
 
-    config → a shorter one → trainer → rollouts, scores, experience → two updates → findings
+config → a shorter one → trainer → rollouts, scores, experience → two updates → findings
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from diagnosis.machine import MemoryUse, check_environment, check_memory, machin
 from diagnosis.restart_check import check_restart
 from diagnosis.token_checks import check_batched, check_mask, check_prompt_matters, check_sampler
 from experience_buffer.data_structures import Experience, Prompt, Rollout
-from ppo_trainer.algorithms import find_algorithm
 from ppo_trainer.ppo_trainer import PPOTrainer
 from rewards.scored_batch import ScoredBatch
 
@@ -153,7 +152,7 @@ def _batch(trainer: PPOTrainer, prompts: Sequence[Prompt]) -> _Batch:
 def _unscored(trainer: PPOTrainer, rollouts: Sequence[Rollout]) -> ScoredBatch:
     """Scores of 0 in place of those that a failing reward did not give."""
     zeros = np.zeros(len(rollouts), dtype=np.float32)
-    return ScoredBatch(zeros, {name: zeros for name in trainer.rewards.names})
+    return ScoredBatch(zeros, dict.fromkeys(trainer.rewards.names, zeros))
 
 
 def _findings(
@@ -166,9 +165,13 @@ def _findings(
     tokens, mask = experience.tokens, experience.mask
 
     if first.scored is None:
-        yield Finding("reward", "fault", first.failure, "try it: python main.py rewards try NAME --completion …")
+        yield Finding(
+            "reward", "fault", first.failure, "try it: python main.py rewards try NAME --completion …"
+        )
     else:
-        yield check_rewards(first.scored, [r.prompt.index for r in rollouts], shortened=_shortened(whole, config))
+        yield check_rewards(
+            first.scored, [r.prompt.index for r in rollouts], shortened=_shortened(whole, config)
+        )
     yield check_mask(rollouts, policy.end_ids)
     yield check_prompt_matters(policy, rollouts, temperature)
     yield check_batched(policy, rollouts, temperature)
@@ -180,7 +183,9 @@ def _findings(
     yield check_padding(lambda one: loss_gradients(trainer, one), probe)
 
     weights = named_arrays(trained_module(trainer).trainable_parameters())
-    critic = trainer.value_model if trainer.value_model is not None and not trainer.value_model.shared else None
+    critic = (
+        trainer.value_model if trainer.value_model is not None and not trainer.value_model.shared else None
+    )
     critic_weights = named_arrays(critic.module.trainable_parameters()) if critic is not None else {}
     state = ReferenceState.of(reference, tokens, mask, temperature) if reference is not None else None
     reports = [trainer.update(experience)]
@@ -231,4 +236,3 @@ def _memory(trainer: PPOTrainer, whole: PPOConfig, prompt_length: int, peak: int
     except (ModelLoadError, InvalidConfigurationError) as error:
         return Finding("memory", "warning", f"no estimate: {error}", "watch the first steps of the run")
     return check_memory(MemoryUse(peak, short, long), machine_memory())
-

@@ -69,7 +69,10 @@ def check_gradients(module: nn.Module, gradients: Mapping[str, mx.array]) -> Fin
     broken = [place for place, norm in norms.items() if not np.isfinite(norm)]
     if not norms:
         return Finding(
-            name, "fault", "nothing trains", "look at fine_tune_type and lora_layers: no weight has a gradient"
+            name,
+            "fault",
+            "nothing trains",
+            "look at fine_tune_type and lora_layers: no weight has a gradient",
         )
     if dead or broken:
         worst = (broken or dead)[0]
@@ -85,7 +88,9 @@ def check_gradients(module: nn.Module, gradients: Mapping[str, mx.array]) -> Fin
             )
         return Finding(name, "fault", seen, advice)
     least = min(norms, key=lambda place: norms[place])
-    return Finding(name, "ok", f"{len(norms)} {unit}, norms {norms[least]:.2g} ({least}) to {max(norms.values()):.2g}")
+    return Finding(
+        name, "ok", f"{len(norms)} {unit}, norms {norms[least]:.2g} ({least}) to {max(norms.values()):.2g}"
+    )
 
 
 def _norm_below(place: str, gradients: Mapping[str, mx.array], *, layer: bool) -> float:
@@ -101,7 +106,9 @@ def check_padding(gradients_of: Callable[[Experience], Gradients], experience: E
     position whose gradient is not exactly 0 would show.
     """
     rows, width = experience.mask.shape
-    last = mx.max(experience.mask * mx.arange(1, width + 1), axis=1)[:, None]  # (B, 1): sampled tokens end there
+    last = mx.max(experience.mask * mx.arange(1, width + 1), axis=1)[
+        :, None
+    ]  # (B, 1): sampled tokens end there
     padding = mx.arange(width + 1)[None] > last  # (B, T+1)
     filled = experience._replace(tokens=mx.where(padding, 1, experience.tokens))
     hidden = {

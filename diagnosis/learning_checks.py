@@ -15,7 +15,9 @@ from models.policy_model import FrozenPolicy
 from rewards.scored_batch import ScoredBatch
 
 
-def check_weights_move(module: nn.Module, before: Mapping[str, mx.array], steps: Mapping[str, float]) -> Finding:
+def check_weights_move(
+    module: nn.Module, before: Mapping[str, mx.array], steps: Mapping[str, float]
+) -> Finding:
     """Every array that trains has moved since ``before`` and is finite.
 
     Args:
@@ -23,7 +25,9 @@ def check_weights_move(module: nn.Module, before: Mapping[str, mx.array], steps:
             still in the first one).
         steps: how many updates there were: ``made``, and of them ``skipped`` and ``rejected``.
     """
-    moved = {name: _distance(x, before[name]) for name, x in named_arrays(module.trainable_parameters()).items()}
+    moved = {
+        name: _distance(x, before[name]) for name, x in named_arrays(module.trainable_parameters()).items()
+    }
     taken = steps["made"] - steps["skipped"] - steps["rejected"]
     still = [name for name, distance in moved.items() if not distance > 0]
     largest = max(moved.values(), default=0.0)
@@ -59,7 +63,9 @@ def check_critic_moves(module: nn.Module, before: Mapping[str, mx.array]) -> Fin
     Its head starts at 0, so that what is below it begins to move an update later, and a fresh adapter's first factor
     another one later: that some arrays stand still after a few updates is no fault.
     """
-    moved = {name: _distance(x, before[name]) for name, x in named_arrays(module.trainable_parameters()).items()}
+    moved = {
+        name: _distance(x, before[name]) for name, x in named_arrays(module.trainable_parameters()).items()
+    }
     count, largest = sum(distance > 0 for distance in moved.values()), max(moved.values(), default=0.0)
     return judged(
         "critic moves",
@@ -76,7 +82,9 @@ class ReferenceState(NamedTuple):
     logprobs: np.ndarray  # (B, T) float32
 
     @classmethod
-    def of(cls, reference: FrozenPolicy, tokens: mx.array, mask: mx.array, temperature: float) -> ReferenceState:
+    def of(
+        cls, reference: FrozenPolicy, tokens: mx.array, mask: mx.array, temperature: float
+    ) -> ReferenceState:
         """Taken now; holding arrays costs nothing until somebody replaces them."""
         logprobs = np.array(reference.logprobs(tokens, mask, temperature))
         return cls(named_arrays(reference.model.parameters()), logprobs)

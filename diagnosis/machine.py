@@ -105,7 +105,9 @@ def check_environment(process: Process) -> list[Finding]:
 def _check_backend(process: Process) -> Finding:
     listed = ", ".join(f"{name} {number}" for name, number in process.versions.items())
     seen = f"{process.backend}; {listed}"
-    untested = [name for name, series in TESTED.items() if not process.versions[name].startswith(series + ".")]
+    untested = [
+        name for name, series in TESTED.items() if not process.versions[name].startswith(series + ".")
+    ]
     if untested:
         wanted = " ".join(f'"{name}=={TESTED[name]}.*"' for name in untested)
         return Finding("backend", "warning", seen, f"tested is another version; pip install {wanted}")

@@ -27,7 +27,12 @@ def check_restart(trainer: PPOTrainer, tokens: mx.array, folder: Path) -> Findin
         trainer.save_model(folder)
         again = PolicyModel(trainer.policy.base, trainer.config.replace(adapter_path=str(folder)))
     except ToolkitError as error:
-        return Finding(NAME, "fault", str(error), "free some space, or choose another folder for temporary files (TMPDIR)")
+        return Finding(
+            NAME,
+            "fault",
+            str(error),
+            "free some space, or choose another folder for temporary files (TMPDIR)",
+        )
     mine, theirs = (
         np.array(policy.forward(tokens).logits.astype(mx.float32)) for policy in (trainer.policy, again)
     )

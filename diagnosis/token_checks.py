@@ -136,7 +136,9 @@ def _another(prompt: Prompt) -> Prompt:
     """As many tokens as the prompt has, each another one: of the prompt's own where it has several."""
     ids = prompt.ids
     shifted = (*ids[1:], ids[0])
-    different = tuple(s if s != i else (s + 1 if s == 0 else s - 1) for s, i in zip(shifted, ids, strict=True))
+    different = tuple(
+        s if s != i else (s + 1 if s == 0 else s - 1) for s, i in zip(shifted, ids, strict=True)
+    )
     return replace(prompt, ids=different)
 
 

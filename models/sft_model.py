@@ -14,11 +14,12 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, save_config, save_model
+from mlx_lm.utils import _download, _get_classes, save_config, save_model
 
 from base_setup.backend import compute_dtype
 from base_setup.parameters import named_arrays
 from base_setup.tokenizer_setup import byte_tokenizer, check_vocabulary, end_token_ids
+from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, ModelLoadError
 from config.model_config import ModelConfig
 from config.training_config import TrainingConfig
@@ -45,9 +46,20 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
     """
     if config.model_name == EMBEDDED:
         return build_embedded(config.embedded_model, config.seed)
-    name = existing_model(config.model_name, field)
+    trusted = config.trust_remote_code
+    name = existing_model(config.model_name, field, trust_remote_code=trusted)
     try:
-        model, tokenizer, model_config = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
+        folder = _download(name)  # a folder stays what it is
+        for sentence in check_model_folder(folder, trust_remote_code=trusted, field=field):
+            print(sentence)
+        model, tokenizer, model_config = mlx_lm.load(  # type: ignore[misc]
+            str(folder),
+            tokenizer_config={"trust_remote_code": trusted},
+            return_config=True,
+            trust_remote_code=trusted,
+        )
+    except ModelLoadError:
+        raise
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(
@@ -61,7 +73,7 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
     return loaded
 
 
-def existing_model(name: str, field: str = "model_name") -> str:
+def existing_model(name: str, field: str = "model_name", *, trust_remote_code: bool = False) -> str:
     """``name`` as a folder that holds a model or a well-formed Hugging Face name, or a refusal.
 
     Settled here, because mlx-lm looks a mistyped folder up on the hub.
@@ -82,6 +94,7 @@ def existing_model(name: str, field: str = "model_name") -> str:
                 f'{field}: the folder "{name}" has no tokenizer; give it the tokenizer.json and '
                 "tokenizer_config.json that belong to the model"
             )
+        check_model_folder(path, trust_remote_code=trust_remote_code, field=field)
         return str(path)
     if is_file:
         raise ModelLoadError(f'{field}: "{name}" is a file; give the folder that contains it')
