@@ -79,6 +79,6 @@ SYSTEM = System(
             NO_EVALUATION,
         ),
         ("use_compile", NO_SWITCH),
-        ("trust_remote_code", Ignored("code that comes with a model is not run here")),
+        ("trust_remote_code", Ignored("code that comes with a model runs here only if trust_remote_code is set for this system itself")),
     ),
 )
