@@ -74,7 +74,7 @@ DOCTOR = Command(
     _options,
     run,
     [
-        "doctor",
-        "doctor --config run.yaml --algorithm grpo --group-size 4",
+        "doctor --algorithm grpo --group-size 4",
+        "doctor --config run.yaml",
     ],
 )

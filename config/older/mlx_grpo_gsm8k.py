@@ -79,6 +79,9 @@ SYSTEM = System(
             NO_EVALUATION,
         ),
         ("use_compile", NO_SWITCH),
-        ("trust_remote_code", Ignored("code that comes with a model runs here only if trust_remote_code is set for this system itself")),
+        (
+            "trust_remote_code",
+            Ignored("code that comes with a model is not run for a setting of another system"),
+        ),
     ),
 )
