@@ -24,6 +24,7 @@ from base_setup.base_weights import BaseWeights, modules_named, set_base_weights
 from base_setup.parameters import named_arrays
 from base_setup.soft_prompt import NAME as SOFT_PROMPT
 from base_setup.soft_prompt import set_soft_prompt, soft_prompt_of
+from base_setup.untrusted import check_adapter_folder
 from config.errors import CheckpointError, InvalidConfigurationError
 
 WEIGHTS, DESCRIPTION = "adapters.safetensors", "adapter_config.json"
@@ -49,6 +50,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder}: {name} is missing; an adapter folder holds {WEIGHTS} and {DESCRIPTION}"
             )
+    check_adapter_folder(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,10 @@ class Checkpoint(NamedTuple):
     is_adapter: bool
     config: dict[str, Any]  # what a run wrote down, of the fields that PPOConfig has; empty where nothing was
     rewards: dict[str, float]  # name → weight, of a run of reinforcement learning
+
+
+#: Settings of rewards that send texts, or a key, elsewhere, or run a program: not for a file to decide.
+REACHING_OUT = ("url", "api_key_env", "sandbox_command", "allow_unsafe_code")
 
 
 def find_checkpoint(name: str) -> Checkpoint:
@@ -50,6 +56,43 @@ def find_checkpoint(name: str) -> Checkpoint:
     )
 
 
+def check_written_rewards(checkpoint: Checkpoint, rewards: Any) -> None:
+    """Refuse rewards that a checkpoint names and that would run its own code, or reach out: it may be anybody's.
+
+    Functions in files elsewhere, which the run was trained with on this machine, are let through.
+
+    Raises:
+        CheckpointError: naming the reward and how to give it oneself.
+    """
+    folder = checkpoint.folder.resolve()
+    home = folder.parent if folder.name in ("final", "interrupted", "model") else folder
+    parts = rewards if isinstance(rewards, list) else list(rewards or ())
+    for part in parts:
+        name, settings = (part.get("name"), part.get("config")) if isinstance(part, Mapping) else (part, None)
+        reason = None
+        if any(file.resolve().is_relative_to(home) for file in _files_of(str(name))):
+            reason = "which is code that came with it"
+        reaching = [key for key in REACHING_OUT if isinstance(settings, Mapping) and key in settings]
+        if reaching:
+            reason = f"with {reaching[0]} = {settings[reaching[0]]!r:.60}"
+        if reason is not None:
+            raise CheckpointError(
+                f'--checkpoint: {home} asks for the reward "{name}", {reason}; if you trust it, give it yourself with '
+                "--reward, or --config with the file that the run was trained from"
+            )
+
+
+def _files_of(reward: str) -> Iterator[Path]:
+    """Where the code of ``file.py:function`` or ``package.module:function`` would be read from."""
+    source = reward.partition(":")[0].strip()
+    if source.endswith(".py"):
+        yield Path(source).expanduser()
+    elif ":" in reward:
+        for place in ("", *sys.path):
+            below = Path(place or ".") / source.replace(".", "/")
+            yield from (below.with_suffix(".py"), below / "__init__.py")
+
+
 def written_down(*paths: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """Config and rewards of the first of these files that a run of ours wrote."""
     for path in paths:
@@ -59,7 +102,8 @@ def written_down(*paths: Path) -> tuple[dict[str, Any], dict[str, float]]:
             continue
         if isinstance(content, dict) and isinstance(content.get("config"), dict):
             fields = PPOConfig.__dataclass_fields__
-            config = {name: value for name, value in content["config"].items() if name in fields}
+            mine = fields.keys() - {"trust_remote_code"}  # which only whoever runs it can give
+            config = {name: value for name, value in content["config"].items() if name in mine}
             rewards = content.get("rewards")
             return config, rewards if isinstance(rewards, dict) else {}
     return {}, {}

@@ -13,6 +13,7 @@ from typing import Any
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config
 from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
+from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
 from config.supervised_config import SupervisedConfig
@@ -27,6 +28,8 @@ from training.supervised import place_of
 
 #: Rows of a large file whose tokens are counted before a run; a dry run, and a smaller file, counts them all.
 COUNTED_ROWS = 10_000
+#: What is fetched of a model on the hub for its tokenizer alone.
+TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 
 
 # The model and the folder --------------------------------------------------------------------------------
@@ -35,7 +38,7 @@ COUNTED_ROWS = 10_000
 def check_model(config: TrainingConfig) -> None:
     """Refuse a model or an adapter that is not there, or adapters on more blocks than there are."""
     if config.model_name != EMBEDDED:
-        existing_model(config.model_name)
+        existing_model(config.model_name, trust_remote_code=config.trust_remote_code)
     if config.adapter_path is not None:
         read_description(Path(config.adapter_path).expanduser())
     elif config.fine_tune_type in ("lora", "dora") and config.lora_layers > 0:
@@ -56,6 +59,7 @@ def model_config(config: TrainingConfig) -> Mapping[str, Any]:
 def load_tokenizer(config: TrainingConfig) -> Any:
     """The model's tokenizer alone."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_lm.utils import _download
     from mlx_lm.utils import load_tokenizer as load
 
     if config.model_name == EMBEDDED:
@@ -63,7 +67,12 @@ def load_tokenizer(config: TrainingConfig) -> Any:
         return TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
     try:
         folder = Path(config.model_name).expanduser()
-        return load(folder if folder.is_dir() else config.model_name)
+        if not folder.is_dir():
+            folder = _download(config.model_name, allow_patterns=TOKENIZER_FILES)
+        check_model_folder(folder, trust_remote_code=config.trust_remote_code)
+        return load(folder, {"trust_remote_code": config.trust_remote_code})
+    except ModelLoadError:
+        raise
     except Exception as error:  # transformers and the hub client each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(

@@ -6,6 +6,7 @@ from command_line.chat import CHAT
 from command_line.convert import CONVERT
 from command_line.data import DATA
 from command_line.digits import DIGITS
+from command_line.doctor import DOCTOR
 from command_line.evaluate import EVALUATE
 from command_line.explaining import EXPLAIN
 from command_line.fuse import FUSE
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Command] = {
         SFT,
         REWARD_MODEL,
         PREFERENCE,
+        DOCTOR,
         TRAIN,
         RUNS,
         EVALUATE,

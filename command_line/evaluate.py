@@ -58,11 +58,13 @@ def run(options: argparse.Namespace) -> int:
     take_rewards(options)
     loaded = load(PPOConfig, options)
     from command_line.benchmarks import check_benchmarks
-    from command_line.checkpoints import find_checkpoint
+    from command_line.checkpoints import check_written_rewards, find_checkpoint
     from command_line.checks import check_model
 
     benchmarks = check_benchmarks(options.benchmark, options.benchmark_data, options.limit)
     checkpoint = find_checkpoint(options.checkpoint)
+    if not loaded.config.rewards:
+        check_written_rewards(checkpoint, checkpoint.config.get("rewards") or checkpoint.rewards)
     config, _ = resolved(loaded, _with_what_was_trained(loaded.config, checkpoint))
     check_model(config)
     rows = _validation_rows(config, needed=not benchmarks)

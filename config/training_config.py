@@ -73,6 +73,11 @@ class TrainingConfig(DataConfig):
         default=True,
         meaning="New tokens begin as the mean of all embeddings; false = drawn with the embeddings' own spread.",
     )
+    trust_remote_code: bool = option(
+        default=False,
+        meaning="Run Python code that comes with the model or its tokenizer; it can do whatever you can, so read it "
+        "first.",
+    )
     adapter_path: str | None = option(
         section="adapter", default=None, meaning="Folder of an adapter to start from (mlx-lm format)."
     )

@@ -141,9 +141,8 @@ class RewardModel:
         folder = Path(folder)
         try:
             settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            config = TrainingConfig(
-                **{k: v for k, v in settings["config"].items() if k in TrainingConfig.__dataclass_fields__}
-            )
+            known = TrainingConfig.__dataclass_fields__.keys() - {"trust_remote_code"}  # no file's to give
+            config = TrainingConfig(**{k: v for k, v in settings["config"].items() if k in known})
             gain, bias = float(settings["gain"]), float(settings["bias"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model ({error})") from error

@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from base_setup.parameters import named_arrays
 from base_setup.tokenizer_setup import encode
+from base_setup.untrusted import check_model_folder
 from config.errors import ModelLoadError
 from models.scalar_head import require_trunk
 from rewards.text_utils import prompt_text_of, text_of
@@ -61,9 +62,10 @@ class SequenceClassifier:
             ModelLoadError: in a sentence, where something of it is missing or it has more than one label.
         """
         folder = Path(folder)
+        check_model_folder(folder, trust_remote_code=False, field="reward")
         try:
             model, config = load_model(folder, lazy=True, strict=False)
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
             weights: dict[str, mx.array] = {}
             for file in sorted(folder.glob("model*.safetensors")):
                 weights |= cast(dict[str, mx.array], mx.load(str(file)))

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes, load_model, save_config, save_model
+from mlx_lm.utils import _download, _get_classes, load_model, save_config, save_model
 
 from base_setup.backend import compute_dtype
 from base_setup.new_tokens import add_tokens
@@ -24,6 +24,7 @@ from base_setup.pickled_tokenizer import load_pickled_tokenizer
 from base_setup.quantized_base import quantize_base
 from base_setup.soft_prompt import soft_prompt_of
 from base_setup.tokenizer_setup import byte_tokenizer, check_vocabulary, end_token_ids
+from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, ModelLoadError
 from config.model_config import ModelConfig
 from config.training_config import TrainingConfig
@@ -53,9 +54,13 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
     """
     if config.model_name == EMBEDDED:
         return _as_asked(build_embedded(config.embedded_model, config.seed), config)
-    name = existing_model(config.model_name, field)
+    trusted = config.trust_remote_code
+    name = existing_model(config.model_name, field, trust_remote_code=trusted)
     try:
-        model, tokenizer, model_config = _read(name)
+        folder = _download(name)  # a folder stays what it is
+        for sentence in check_model_folder(folder, trust_remote_code=trusted, field=field):
+            print(sentence)
+        model, tokenizer, model_config = _read(folder, trusted)
     except ModelLoadError:
         raise
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
@@ -71,14 +76,19 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
     return _as_asked(loaded, config)
 
 
-def _read(name: str) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+def _read(folder: Path, trusted: bool) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """Model, tokenizer and config.json as mlx-lm reads them, and a tokenizer that is a pickled encoding as we do."""
-    pickled = Path(name) / PICKLED
-    if pickled.is_file() and not (Path(name) / "tokenizer.json").is_file():
+    pickled = folder / PICKLED
+    if pickled.is_file() and not (folder / "tokenizer.json").is_file():
         tokenizer = load_pickled_tokenizer(pickled)
-        model, settings = load_model(Path(name))
+        model, settings = load_model(folder)
         return model, tokenizer, settings
-    model, tokenizer, settings = mlx_lm.load(name, return_config=True)  # type: ignore[misc]
+    model, tokenizer, settings = mlx_lm.load(  # type: ignore[misc]
+        str(folder),
+        tokenizer_config={"trust_remote_code": trusted},
+        return_config=True,
+        trust_remote_code=trusted,
+    )
     return model, tokenizer, settings
 
 
@@ -100,7 +110,7 @@ def _as_asked(base: LanguageModel, config: TrainingConfig) -> LanguageModel:
     return replace(base, config=settings, is_altered=True)
 
 
-def existing_model(name: str, field: str = "model_name") -> str:
+def existing_model(name: str, field: str = "model_name", *, trust_remote_code: bool = False) -> str:
     """``name`` as a folder that holds a model or a well-formed Hugging Face name, or a refusal.
 
     Settled here, because mlx-lm looks a mistyped folder up on the hub.
@@ -121,6 +131,7 @@ def existing_model(name: str, field: str = "model_name") -> str:
                 f'{field}: the folder "{name}" has no tokenizer; give it the tokenizer.json and '
                 "tokenizer_config.json that belong to the model"
             )
+        check_model_folder(path, trust_remote_code=trust_remote_code, field=field)
         return str(path)
     if is_file:
         raise ModelLoadError(f'{field}: "{name}" is a file; give the folder that contains it')

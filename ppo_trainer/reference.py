@@ -46,7 +46,7 @@ def check_reference_path(config: PPOConfig) -> None:
     if _is_adapter(path):
         read_description(path)
     else:
-        existing_model(config.reference_path, "reference_path")
+        existing_model(config.reference_path, "reference_path", trust_remote_code=config.trust_remote_code)
 
 
 def describe_reference(reference: FrozenPolicy | None, config: PPOConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ PACKAGES = (
     "training",
     "ppo_trainer",
     "checkpointing",
+    "diagnosis",
     "monitoring",
     "tools",
     "command_line",
@@ -50,6 +51,7 @@ LAYERS = (
     ("base_setup", "checkpointing", "data_loading", "models", "rewards"),
     ("experience_buffer", "training", "ppo_trainer.generator"),
     ("ppo_trainer",),
+    ("diagnosis",),
     ("main", "tools", "command_line", "examples", "benchmarks"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -28,7 +28,7 @@ def test_the_sample_runs_as_written(
 
 def test_every_path_of_the_tree_and_every_link_exists() -> None:
     tree = re.findall(r"^([a-z_]+/|main\.py)\s{2,}", README, re.MULTILINE)
-    assert len(tree) == 18
+    assert len(tree) == 21
     linked = re.findall(r"\]\(((?!http)[^)]+)\)", README)
     named = re.findall(r"`((?:docs|tests|examples|rewards|config|ppo_trainer|benchmarks)/[\w./]+)`", README)
     for path in (*tree, *linked, *named):

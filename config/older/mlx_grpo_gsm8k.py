@@ -78,6 +78,9 @@ SYSTEM = System(
             NO_EVALUATION,
         ),
         ("use_compile", NO_SWITCH),
-        ("trust_remote_code", Ignored("code that comes with a model is not run here")),
+        (
+            "trust_remote_code",
+            Ignored("code that comes with a model is not run for a setting of another system"),
+        ),
     ),
 )
