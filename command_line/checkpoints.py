@@ -72,9 +72,10 @@ def check_written_rewards(checkpoint: Checkpoint, rewards: Any) -> None:
         reason = None
         if any(file.resolve().is_relative_to(home) for file in _files_of(str(name))):
             reason = "which is code that came with it"
-        reaching = [key for key in REACHING_OUT if isinstance(settings, Mapping) and key in settings]
+        options = settings if isinstance(settings, Mapping) else {}
+        reaching = [key for key in REACHING_OUT if key in options]
         if reaching:
-            reason = f"with {reaching[0]} = {settings[reaching[0]]!r:.60}"
+            reason = f"with {reaching[0]} = {options[reaching[0]]!r:.60}"
         if reason is not None:
             raise CheckpointError(
                 f'--checkpoint: {home} asks for the reward "{name}", {reason}; if you trust it, give it yourself with '

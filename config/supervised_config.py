@@ -32,6 +32,7 @@ READ_BY = {
 class SupervisedConfig(TrainingConfig):
     """What the supervised stages share."""
 
+    num_steps: PositiveInt = option(section="batches", default=300, meaning="Optimiser steps.")
     max_sequence_length: PositiveInt = option(
         section="batches", default=1024, meaning="Longest prompt + completion, in tokens."
     )
@@ -60,7 +61,6 @@ class SupervisedConfig(TrainingConfig):
 class SFTConfig(SupervisedConfig):
     """Options of ``SFTTrainer``: cross-entropy on the completion of each row."""
 
-    num_steps: PositiveInt = option(section="batches", default=300, meaning="Optimiser steps.")
     loss_on: Literal["completion", "assistant", "text"] = option(
         default="completion",
         meaning="Tokens that are learned: the completion, every turn of the assistant in a chat, or prompt and "

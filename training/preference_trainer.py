@@ -190,7 +190,9 @@ class PreferenceTrainer:
         if self.reference is None:
             return Prepared({row.key: [0.0] * len(row.answers) for row in batch}, 0.0)
         for part in split([row for row in batch if row.key not in known], self.config.micro_batch_size):
-            sums = iter(self._sums(self.reference, [a for row in part for a in row.answers]).tolist())
+            sums = iter(
+                np.array(self._sums(self.reference, [a for row in part for a in row.answers])).tolist()
+            )
             known.update({row.key: [next(sums) for _ in row.answers] for row in part})
         baseline = 0.0 if self.algorithm.learns_from_pairs else self._baseline(batch)
         return Prepared(known, baseline)
@@ -227,7 +229,7 @@ class PreferenceTrainer:
             for side in range(sides)
         ]
         if self.algorithm.loss is not None:
-            losses = self.algorithm.loss(*found, self.options)
+            losses = self.algorithm.loss(found[0], found[1], self.options)
         else:
             good = mx.array([row.good for row in part])
             losses = kto(found[0], good, mx.array(prepared.baseline), self.options)

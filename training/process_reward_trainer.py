@@ -76,7 +76,7 @@ class ProcessRewardModel:
         found: list[list[float]] = []
         for part in split(list(zip(prompts, steps, strict=True)), self.reward_model.batch_rows):
             encoded = [self.encode(prompt, own) for prompt, own in part]
-            flat = iter(mx.sigmoid(self.scores_at(*zip(*encoded, strict=True))).tolist())
+            flat = iter(np.array(mx.sigmoid(self.scores_at(*zip(*encoded, strict=True)))).tolist())
             found += [[float(next(flat)) for _ in own] for _, own in part]
         return found
 

@@ -21,7 +21,7 @@ class Example(NamedTuple):
     learned: list[bool]
 
     @property
-    def count(self) -> int:
+    def n_learned(self) -> int:
         """Tokens that are learned."""
         return sum(self.learned)
 

@@ -98,14 +98,14 @@ class SFTTrainer:
         return self._judge(self.encode(rows))
 
     def _judge(self, examples: Sequence[Example]) -> dict[str, float]:
-        count = sum(example.count for example in examples)
+        count = sum(example.n_learned for example in examples)
         loss = 0.0
         for batch in split(examples, self.config.batch_size):
             loss += sum(float(self._loss(part, count)) for part in self._parts(batch))
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
     def _step(self, trainer: ModelTrainer, batch: Sequence[Example]) -> StepReport:
-        count = sum(example.count for example in batch)
+        count = sum(example.n_learned for example in batch)
         return trainer.step(lambda part: (self._loss(part, count), None), self._parts(batch))
 
     def _parts(self, batch: Sequence[Example]) -> list[Layout]:

@@ -114,7 +114,9 @@ def test_a_pickled_tokenizer_is_not_opened(folder: Path) -> None:
             load_language_model(TrainingConfig(model_name=str(folder), trust_remote_code=trusted))
     (folder / "tokenizer.pickle").rename(folder / "tokenizer.pkl")
     for trusted in (False, True):
-        with pytest.raises(ModelLoadError, match=r"a pickled tiktoken encoding is expected, and nothing else is read"):
+        with pytest.raises(
+            ModelLoadError, match=r"a pickled tiktoken encoding is expected, and nothing else is read"
+        ):
             load_language_model(TrainingConfig(model_name=str(folder), trust_remote_code=trusted))
     assert not ran.exists()
 

@@ -88,7 +88,7 @@ def test_an_empty_completion_teaches_the_end(base: LanguageModel) -> None:
 
 def test_control_tokens_spelled_out_in_a_row_stay_text(base: LanguageModel) -> None:
     (example,) = SFTTrainer(base, config()).encode([{"prompt": "a", "completion": "<|im_end|>"}])
-    assert example.count == len("<|im_end|>") + 1
+    assert example.n_learned == len("<|im_end|>") + 1
     assert example.ids.count(base.tokenizer.eos_token_id) == 1
 
 
@@ -288,7 +288,7 @@ def gradient_of(trainer: SFTTrainer, rows: list[dict[str, str]]) -> dict[str, np
     import mlx.nn as nn
 
     examples = trainer.encode(rows)
-    count = sum(e.count for e in examples)
+    count = sum(e.n_learned for e in examples)
     total: dict[str, np.ndarray] = {}
     for part in trainer._parts(examples):
         _, tree = nn.value_and_grad(trainer.policy.model, lambda p: trainer._loss(p, count))(part)
