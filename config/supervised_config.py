@@ -61,6 +61,9 @@ class SupervisedConfig(TrainingConfig):
 class SFTConfig(SupervisedConfig):
     """Options of ``SFTTrainer``: cross-entropy on the completion of each row."""
 
+    num_steps: PositiveInt = option(
+        section="batches", default=300, meaning="Optimiser steps; a step sees batch_size rows."
+    )
     loss_on: Literal["completion", "assistant", "text"] = option(
         default="completion",
         meaning="Tokens that are learned: the completion, every turn of the assistant in a chat, or prompt and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -93,15 +94,21 @@ def is_package(module: str, sources: Sources) -> bool:
     return any(other.startswith(module + ".") for other in sources)
 
 
+@functools.cache
+def statements(text: str) -> list[tuple[ast.AST, bool]]:
+    """What may be an import, and whether it is outside of functions."""
+    tree = ast.parse(text)
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    later = {id(inner) for function in functions for inner in ast.walk(function)}
+    kinds = (ast.Import, ast.ImportFrom, ast.Call)
+    return [(node, id(node) not in later) for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
 def imports(module: str, sources: Sources) -> Iterator[Import]:
     """Every import in the order of the text, those inside functions and by a constant name too."""
     package = module if is_package(module, sources) else module.rpartition(".")[0]
     found: list[Import] = []
-    tree = ast.parse(sources[module])
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    later = {id(inner) for function in functions for inner in ast.walk(function)}
-    for node in ast.walk(tree):
-        at_once = id(node) not in later
+    for node, at_once in statements(sources[module]):
         if isinstance(node, ast.Import):
             found += [Import(module, node.lineno, alias.name, at_once) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -516,42 +514,6 @@ def test_no_two_sections_share_a_field_name() -> None:
     """A config file's sections are headings only, so the model's fields must not repeat the trainer's."""
     trainers = {f.name for cls in CONFIG_CLASSES[1:] for f in dataclasses.fields(cls)}
     assert not trainers & {f.name for f in dataclasses.fields(ModelConfig)}
-
-
-def attributes_read(text: str) -> set[str]:
-    """Names that are read as attributes of something, ``getattr`` with a constant included."""
-    read = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            read.add(node.attr)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
-            read |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
-    return read
-
-
-def test_every_option_is_read_by_the_code() -> None:
-    """An option that nobody reads does not exist, whatever its documentation says."""
-    folders = (
-        "base_setup",
-        "data_loading",
-        "models",
-        "training",
-        "ppo_trainer",
-        "rewards",
-        "monitoring",
-        "experience_buffer",
-    )
-    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    read = set[str]().union(*(attributes_read(file.read_text(encoding="utf-8")) for file in files))
-    fields = Counter(f.name for cls in CONFIG_CLASSES for f in dataclasses.fields(cls))
-    # A permission is decided where the config is checked, and importance_correction is read as config.correction.
-    assert set(fields) - read == {"allow_truncated_sampling", "importance_correction"}
-    assert "correction" in read
-
-
-def test_the_reader_of_attributes_sees_reads_and_not_mentions() -> None:
-    text = "a = config.kl_coef\nconfig.seed = 1\ngetattr(config, 'gamma')\nf(lam=1)\n'config.batch_size'"
-    assert attributes_read(text) == {"kl_coef", "gamma"}
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

@@ -19,6 +19,7 @@ from data_loading.rows import Rows
 from models.sft_model import LanguageModel
 from ppo_trainer.ppo_trainer import PPOTrainer
 from training.reward_trainer import RewardTrainer
+from training.sft_rows import Example
 from training.sft_trainer import SFTTrainer
 
 
@@ -166,12 +167,19 @@ def test_sft_learns_pairs_chats_texts_and_tokens(tiny: LanguageModel, tmp_path: 
         sft.encode(load_pairs([{"messages": chat}]))[0],
         sft.encode(load_pairs([{"text": "abc"}]))[0],
     )
-    assert tokenizer.decode(templated.prompt).endswith("assistant\n")
-    assert tokenizer.decode(templated.completion[:-1]) == "b"
-    assert [tokenizer.decode(ids) for ids in (text.prompt, text.completion[:-1])] == ["a", "bc"]
-    assert templated.completion[-1] == text.completion[-1] == end
+
+    def halves(example: Example) -> tuple[str, str]:
+        """What is not learned, and what is, but for the end token."""
+        assert example.ids[-1] == end
+        start = example.learned.index(True)
+        assert all(example.learned[start:])
+        return tokenizer.decode(example.ids[:start]), tokenizer.decode(example.ids[start:-1])
+
+    assert halves(templated)[0].endswith("assistant\n")
+    assert halves(templated)[1] == "b"
+    assert halves(text) == ("a", "bc")
     tokens = sft.encode([{"prompt_ids": [1, 2], "completion_ids": [3]}])[0]
-    assert (tokens.prompt, tokens.completion) == ([1, 2], [3, end])
+    assert (tokens.ids, tokens.learned) == ([1, 2, 3, end], [False, False, True, True])
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "ab"}\n\n{"text": "' + "x" * 40 + '"}\n')
     assert sft.train(load_pairs(path)[:1])["loss"] > 0

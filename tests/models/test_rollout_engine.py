@@ -37,10 +37,17 @@ ENDS = frozenset(range(0, 259, 13))
 HOSTS = [True, False]
 
 
-@pytest.fixture(params=["prompts shared", "prompts repeated"], autouse=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What decodes with the model does so both ways."""
+    if "model" in metafunc.fixturenames:
+        ways = ["prompts shared", "prompts repeated"]
+        metafunc.parametrize("shares", [True, False], ids=ways, indirect=True)
+
+
+@pytest.fixture(autouse=True)
 def shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Rows read what they have in common once, on the CPU, or each for itself: no test may tell which."""
-    shared: bool = request.param == "prompts shared"
+    shared: bool = getattr(request, "param", True)
     monkeypatch.setattr(prefix_cache, "_WORTH_SHARING", 0 if shared else 1 << 60)
     return shared and host_math.usable()
 

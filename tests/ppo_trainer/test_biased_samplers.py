@@ -55,6 +55,7 @@ FOUR_BITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "options"),
     [

@@ -96,7 +96,7 @@ def test_a_conversation_with_its_cache_says_what_one_without_does(tiny: Language
 
 
 def test_the_oldest_exchange_goes_first_and_the_system_stays(tiny: LanguageModel) -> None:
-    chat = talk(tiny, system="Be kind.", max_context=110)
+    chat = talk(tiny, system="Be kind.", max_context=70)
     for text in ("first", "second", "third"):
         list(chat.say(text))
     assert chat.was_cut
@@ -104,7 +104,7 @@ def test_the_oldest_exchange_goes_first_and_the_system_stays(tiny: LanguageModel
     assert said[0] == "Be kind."
     assert "first" not in said
     assert said[-2] == "third"
-    with pytest.raises(DataLoadError, match="--max-context is 110"):
+    with pytest.raises(DataLoadError, match="--max-context is 70"):
         list(chat.say("x" * 200))
     chat.clear()
     assert [m["content"] for m in chat.messages] == ["Be kind."]

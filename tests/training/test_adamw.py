@@ -312,6 +312,7 @@ def test_a_regression_ends_where_float32_ends() -> None:
     assert losses[8][-1] == pytest.approx(losses[32][-1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_as_in_float32_and_goes_the_same_way() -> None:
     """64 random sequences by heart: every tenth loss within 3 %, the weights within a tenth of the way."""
     tokens = mx.array(np.random.default_rng(0).integers(0, 256, (32, 17)).astype(np.int32))
