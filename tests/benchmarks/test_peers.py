@@ -169,8 +169,9 @@ def test_rounds_begin_with_another_system_each():
 
 def test_a_failed_worker_is_told_in_a_sentence(tmp_path):
     def why(program: str, timeout: float = 60.0) -> str:
-        stub = tmp_path / "python"
-        stub.write_text(f"#!{sys.executable}\n{program}\n")
+        stub, script = tmp_path / "python", tmp_path / "script.py"
+        script.write_text(program + "\n")
+        stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}"\n')  # no #! line takes a space
         stub.chmod(0o755)
         result, failure = driver.run_worker(str(stub), "trl", job(tmp_path), os.environ, timeout)
         assert result is None or failure == ""

@@ -85,7 +85,7 @@ def test_time_grows_no_faster_than_the_text(name: str, config: dict[str, Any]) -
     reward = OURS[name](**config)
     for piece in HOSTILE:
         long = seconds(reward, piece, 100_000)
-        if long < 0.3:  # a quadratic one would be far beyond it: 10^10 steps
+        if long < 5:  # a quadratic one would be far beyond it, on any machine: 10^10 steps
             continue
         short = max(seconds(reward, piece, 12_500), 1e-3)
         assert long / short < 24, f"{name} on {piece!r}: {short:.3f} s, then {long:.3f} s"
