@@ -1,7 +1,7 @@
 """What goes wrong in reinforcement learning without an error, said in words when it happens.
 
-Each sentence ends with its heading in docs/troubleshooting.md. It is said once; when the run has recovered and it
-happens again, it is said again.
+Each sentence ends with its heading in docs/troubleshooting.md. It is said once; when the run has been well for some
+steps and it happens again, it is said again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RunGuards:
         self.say = say or logger.warning
         self._first_entropy: float | None = None
         self._in_a_row: dict[str, int] = {}
-        self._said: set[str] = set()
+        self._said: dict[str, int] = {}  # what has been said, and for how many steps all has been well since
 
     def on_step_end(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Say what is wrong with this step."""
@@ -39,11 +39,13 @@ class RunGuards:
 
     def _watch(self, name: str, sentence: str | None, patience: int, step: int) -> None:
         self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if sentence else 0
-        if sentence is None:
-            self._said.discard(name)
-        elif self._in_a_row[name] >= patience and name not in self._said:
-            self._said.add(name)
+        if sentence is not None and self._in_a_row[name] >= patience and name not in self._said:
             self.say(f"step {step}: {sentence}")
+            self._said[name] = 0
+        elif name in self._said:
+            self._said[name] = self._said[name] + 1 if sentence is None else 0
+            if self._said[name] == IN_A_ROW:  # one good step among bad ones is no recovery
+                del self._said[name]
 
     def _entropy_collapse(self, metrics: Mapping[str, Any]) -> str | None:
         entropy = _number(metrics, "entropy")

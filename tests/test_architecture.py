@@ -417,8 +417,6 @@ def test_config_rewards_and_monitoring_are_imported_without_mlx() -> None:
 
 
 def test_the_help_is_printed_without_mlx() -> None:
-    if "main" not in SOURCES:
-        pytest.skip("there is no command line yet")
     loaded = in_a_child(
         "import sys, main\n"
         "parser = main.build_parser()\nassert 'usage' in parser.format_help()\n"
