@@ -98,7 +98,8 @@ def rl_config(algorithm: str, seed: int, output: Path) -> PPOConfig:
     """128 completions per step, in four minibatches. Every weight trains: the model is tiny.
 
     PPO's critic gets three steps to itself first. The KL holds PPO near the SFT model, where the learned reward
-    model knows its way; GRPO's true score cannot be fooled, so it needs next to none.
+    model knows its way. GRPO's true score cannot be fooled, yet with a tenth of that weight it reached the same score
+    at twice the KL, by answers that begin with the same two numbers whatever the prompt.
     """
     shared = PPOConfig(
         algorithm=algorithm,
@@ -113,13 +114,14 @@ def rl_config(algorithm: str, seed: int, output: Path) -> PPOConfig:
         lr_schedule="linear",
         warmup_steps=20,  # Adam's first steps are as long as any: unwarmed, one batch moved the policy by 18 nats
         gamma=1.0,
+        kl_coef=0.05,
         seed=seed,
         output_dir=str(output / algorithm),
         verbose=False,
     )
     if algorithm == "ppo":
-        return shared.replace(lam=0.98, kl_coef=0.05, value_learning_rate=3e-3, value_warmup_steps=3)
-    return shared.replace(kl_coef=0.005)
+        return shared.replace(lam=0.98, value_learning_rate=3e-3, value_warmup_steps=3)
+    return shared
 
 
 def imitation_rows(count: int, seed: int) -> list[dict[str, str]]:
