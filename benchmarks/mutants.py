@@ -72,7 +72,9 @@ LOSS = "tests/training/test_policy_loss.py"
 IDENTITIES = "tests/ppo_trainer/test_identities.py"
 BANDIT = "tests/ppo_trainer/test_bandit.py"
 SAMPLERS = "tests/ppo_trainer/test_biased_samplers.py"
-TRAINING = "tests/test_training.py"
+FIRST = "tests/ppo_trainer/test_first_minibatch.py"
+GRADIENTS = "tests/ppo_trainer/test_update_gradients.py"
+ROWS = "tests/ppo_trainer/test_rows_and_groups.py"
 LOGPROBS = "tests/token_attribution/test_logprob_math.py tests/token_attribution/test_token_logprobs.py"
 OPTIMISER = "tests/training/test_model_trainer.py"
 DECODING = "tests/models/test_decoding.py tests/models/test_decoding_rows.py"
@@ -82,7 +84,7 @@ SUMS = "tests/advantage/test_discounted_sums.py"
 VALUES = "tests/training/test_value_loss.py"
 PREFERENCES = "tests/training/test_preference_loss.py"
 CORRECTION = "tests/training/test_importance_correction.py"
-COMPONENTS = "tests/test_ppo_components.py"
+ALGORITHMS = "tests/ppo_trainer/test_algorithms.py"
 OPTIONS = "tests/ppo_trainer/test_update_options.py"
 
 MUTANTS = (
@@ -93,7 +95,7 @@ MUTANTS = (
         "ppo_trainer/objective.py",
         "            self.config.temperature,\n            wanted=Wanted(True",
         "            1.0,\n            wanted=Wanted(True",
-        f"{TRAINING} -k exact_and_afterwards",
+        f"{FIRST} -k exact_and_afterwards",
     ),
     Mutant(
         1,
@@ -117,7 +119,7 @@ MUTANTS = (
         "ppo_trainer/experience_maker.py",
         "            self.config.temperature,\n            wanted=Wanted(",
         "            1.0,\n            wanted=Wanted(",
-        f"{TRAINING} -k exact_and_afterwards",
+        f"{FIRST} -k exact_and_afterwards",
     ),
     Mutant(
         1,
@@ -125,7 +127,7 @@ MUTANTS = (
         "ppo_trainer/experience_maker.py",
         "return self.reference.logprobs(tokens, mask, self.config.temperature)",
         "return self.reference.logprobs(tokens, mask)",
-        f"{TRAINING} -k exact_and_afterwards",
+        f"{FIRST} -k exact_and_afterwards",
     ),
     Mutant(
         1,
@@ -133,7 +135,7 @@ MUTANTS = (
         "models/sampling.py",
         "z = logits.astype(mx.float32) * (1.0 / sampling.temperature)",
         "z = logits.astype(mx.float32)",
-        f"{DECODING} {TRAINING} -k exact_and_afterwards",
+        f"{DECODING} {FIRST} -k exact_and_afterwards",
     ),
     Mutant(
         1,
@@ -149,7 +151,7 @@ MUTANTS = (
         "config/ppo_config.py",
         "if unlike and not corrected and not self.allow_truncated_sampling:",
         "if False:",
-        f"{COMPONENTS} {TRAINING} -k 'found_before or sampling'",
+        "tests/config/test_config_classes.py tests/ppo_trainer/test_bad_input.py -k 'found_before or one_sentence'",
     ),
     # 2
     Mutant(
@@ -273,7 +275,7 @@ MUTANTS = (
         "ppo_trainer/objective.py",
         "count = max(whole.n_tokens, 1)\n        return value_loss",
         "count = mx.sum(part.mask)\n        return value_loss",
-        f"{TRAINING} -k 'micro_batches_add_up or whatever_the_micro_batch'",
+        f"{GRADIENTS} -k 'micro_batches_add_up or whatever_the_micro_batch'",
     ),
     Mutant(
         5,
@@ -289,7 +291,7 @@ MUTANTS = (
         "training/model_trainer.py",
         "gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)",
         "gradients = gradient",
-        f"{OPTIMISER} {TRAINING} -k 'micro'",
+        f"{OPTIMISER} {GRADIENTS} -k 'micro'",
     ),
     # 6
     Mutant(
@@ -316,7 +318,7 @@ MUTANTS = (
         "ppo_trainer/credit.py",
         "masked_whiten(advantages, batch.mask) if",
         "masked_whiten(advantages, mx.ones_like(batch.mask)) if",
-        f"{COMPONENTS} {IDENTITIES} -k 'whitened or reinforce_pp'",
+        f"{ALGORITHMS} {IDENTITIES} -k 'whitened or reinforce_pp'",
     ),
     Mutant(
         6,
@@ -325,7 +327,7 @@ MUTANTS = (
         "    return Credit(masked_whiten(advantages, batch.mask) if config.whiten_advantages else advantages, returns)",
         "    white = masked_whiten(advantages, batch.mask) if config.whiten_advantages else advantages\n"
         "    return Credit(white, None if batch.values is None else white + batch.values)",
-        f"{COMPONENTS} -k whitened",
+        f"{ALGORITHMS} -k whitened",
     ),
     Mutant(
         6,
@@ -423,7 +425,7 @@ MUTANTS = (
         "ppo_trainer/objective.py",
         "ratio = importance_ratio(logprobs, old, part.mask)",
         "ratio = 1.0",
-        f"{BANDIT} {TRAINING} -k 'grpo or reverse_kl'",
+        f"{BANDIT} {GRADIENTS} -k 'grpo or reverse_kl'",
     ),
     Mutant(
         8,
@@ -431,7 +433,7 @@ MUTANTS = (
         "ppo_trainer/objective.py",
         "ratio = importance_ratio(logprobs, old, part.mask)",
         "ratio = mx.stop_gradient(importance_ratio(logprobs, old, part.mask))",
-        f"{BANDIT} {TRAINING} -k 'grpo or reverse_kl'",
+        f"{BANDIT} {GRADIENTS} -k 'grpo or reverse_kl'",
     ),
     Mutant(
         8,
@@ -463,7 +465,7 @@ MUTANTS = (
         "ppo_trainer/ppo_trainer.py",
         'key = "objective/kl" if self.config.kl_unit == "sequence" else "objective/kl_per_token"',
         'key = "objective/kl_per_token"',
-        f"{TRAINING} -k whole_sequences",
+        "tests/ppo_trainer/test_run_schedules.py -k whole_sequences",
     ),
     # 9
     Mutant(
@@ -537,7 +539,7 @@ MUTANTS = (
         "ppo_trainer/objective.py",
         "if first or part.old_logprobs is None:",
         "if True:",
-        f"{TRAINING} -k 'second_epoch or clip_range'",
+        f"{FIRST} {GRADIENTS} -k 'second_epoch or clip_range'",
     ),
     Mutant(
         10,
@@ -545,7 +547,7 @@ MUTANTS = (
         "ppo_trainer/updater.py",
         "first=not _has_moved(reports)",
         "first=True",
-        f"{TRAINING} -k second_epoch",
+        f"{FIRST} -k second_epoch",
     ),
     Mutant(
         10,
@@ -620,7 +622,7 @@ MUTANTS = (
         "ppo_trainer/experience_maker.py",
         "raw = mx.array(scored.total)  # (B,), NaN where no reward applies",
         "raw = mx.nan_to_num(mx.array(scored.total))",
-        f"{TRAINING} -k 'no_reward_applies or unscored'",
+        f"{ROWS} -k 'no_reward_applies or unscored'",
     ),
     Mutant(
         11,
@@ -628,7 +630,7 @@ MUTANTS = (
         "ppo_trainer/experience_maker.py",
         "group_ids = mx.array([r.prompt.index for r in rollouts])",
         "group_ids = mx.array([r.member for r in rollouts])",
-        f"{TRAINING} -k own_group",
+        f"{ROWS} -k own_group",
     ),
     Mutant(
         11,
@@ -728,7 +730,7 @@ MUTANTS = (
         "models/value_model.py",
         "return self.at_sampled(sampled_states(self.trunk, tokens, mask))",
         "return self.at_sampled(sampled_states(self.trunk, mx.roll(tokens, -1, axis=1), mask))",
-        f"{TRAINING} -k before_its_token",
+        f"{GRADIENTS} -k before_its_token",
     ),
     # 14
     Mutant(
@@ -769,7 +771,7 @@ MUTANTS = (
         "models/policy_model.py",
         "return FrozenPolicy(copy, origin)",
         "return FrozenPolicy(self.model, origin)",
-        f"{TRAINING} -k 'neither_the_base_nor'",
+        "tests/ppo_trainer/test_what_moves.py -k 'neither_the_base_nor'",
     ),
     Mutant(
         14,
@@ -777,7 +779,7 @@ MUTANTS = (
         "base_setup/lora_setup.py",
         "    model.set_dtype(mx.float32)\n",
         "    model.set_dtype(mx.bfloat16)\n",
-        "tests/test_models.py",
+        "tests/base_setup/test_lora_setup.py",
     ),
     # 15
     Mutant(
@@ -834,7 +836,7 @@ MUTANTS = (
         "models/reward_model.py",
         "last = mx.take_along_axis(states, lengths[:, None, None] - 1, axis=1)[:, 0]  # (B, D)",
         "last = states[:, -1]  # (B, D)",
-        "tests/test_models.py tests/training/test_reward_trainer.py",
+        "tests/models/test_value_and_reward.py tests/training/test_reward_trainer.py",
     ),
     # 16
     Mutant(
@@ -959,7 +961,7 @@ MUTANTS = (
         "experience_buffer/buffer_manager.py",
         "        counts = int(",
         "        rows = rows[self._teaches[rows]] if self._teaches[rows].any() else rows[:1]\n        counts = int(",
-        "tests/test_experience_buffer.py",
+        "tests/experience_buffer/test_micro_batches.py",
     ),
     Mutant(
         17,

@@ -129,9 +129,11 @@ class ExperienceMaker:
         )
         # One evaluation: everything the update will read many times over.
         mx.eval(experience)
+        # Of the policy that sampled. The update's own passes see it only if one update follows.
+        measured = trainer.logprobs if trainer is not None else None if single_update else old
         k1 = None
-        if trainer is not None and ref is not None and bool(mx.any(batch.mask)):
-            k1 = kl_per_token(trainer.logprobs, ref, "k1", batch.mask)
+        if measured is not None and ref is not None and bool(mx.any(batch.mask)):
+            k1 = kl_per_token(measured, ref, "k1", batch.mask)
         metrics = self._metrics(experience, batch.mask, scores, rewards, k1, group_ids)
         groups = [r.prompt.index for r in rollouts] if self.config.group_size > 1 else None
         said = score_metrics(self.rewards, scored, groups)

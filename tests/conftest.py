@@ -96,6 +96,12 @@ def tiny() -> LanguageModel:
     return build_embedded(TINY, seed=1)
 
 
+@pytest.fixture
+def base() -> LanguageModel:
+    """The same, made anew for each test, which may do with it what it likes."""
+    return build_embedded(TINY, seed=1)
+
+
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Any]:
     """A config for ``tiny``: any class of them, its further options by keyword."""
