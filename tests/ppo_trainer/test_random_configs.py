@@ -1,4 +1,5 @@
-"""Options drawn at random and put together: whatever is not refused trains, and trains the same however it is cut up.
+"""Options drawn at random and put together: whatever is not refused trains, trains the same however it is
+cut up, and goes on where it was stopped.
 
 Nobody tries every pair of a hundred options by hand. A refused combination loses the option that the sentence names,
 so what runs in the end keeps as many options as go together.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,8 +119,7 @@ def start(folder: Path, options: dict[str, Any]) -> PPOTrainer:
             learning_rate=3e-3,
             output_dir=str(folder),
             verbose=False,
-            save_every=0,
-            **options,
+            **{"save_every": 0, **options},
         ),
         reward_model=judge,
     )
@@ -181,9 +182,49 @@ def check(folder: Path, seed: int) -> None:
         )
 
 
+def check_resume(folder: Path, seed: int) -> None:
+    """From one of the checkpoints of six or so: the last one's metrics and weights, bit for bit."""
+    options = drawn(seed)
+    start_what_goes_together(folder / "unused", options)
+    options |= {"save_every": 1, "keep_last_n": 9, "min_free_gb": 0}
+    through = start(folder / "through", options)
+    through.train(PROMPTS, num_epochs=2)
+    shutil.copytree(folder / "through", folder / "again", symlinks=True)
+    checkpoints = sorted((folder / "again").glob("checkpoint_*"), key=lambda p: int(p.name.rsplit("_", 1)[1]))
+    again = start(folder / "again", options)
+    again.train(PROMPTS, num_epochs=2, resume=str(checkpoints[seed % (len(checkpoints) - 1)]))
+    ends = [{name: x.tobytes() for name, x in weights(trainer).items()} for trainer in (through, again)]
+    assert ends[0] == ends[1], options
+    told = [
+        [
+            {
+                name: value
+                for name, value in step.items()
+                if not name.startswith(("time", "tokens_per_second"))
+            }
+            for step in steps(folder / run)
+        ]
+        for run in ("through", "again")
+    ]
+    assert told[0] == told[1], options
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_options_put_together_at_random_train(tmp_path: Path, seed: int) -> None:
     check(tmp_path, seed)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1004))
+def test_a_run_of_options_put_together_at_random_goes_on_from_any_checkpoint(
+    tmp_path: Path, seed: int
+) -> None:
+    check_resume(tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1004, 1100))
+def test_many_more_go_on_from_any_checkpoint(tmp_path: Path, seed: int) -> None:
+    check_resume(tmp_path, seed)
 
 
 @pytest.mark.slow
