@@ -12,6 +12,7 @@ from typing import Any
 
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config
+from base_setup.outline import check_what_trains
 from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
 from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
@@ -36,17 +37,13 @@ TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl"
 
 
 def check_model(config: TrainingConfig) -> None:
-    """Refuse a model or an adapter that is not there, or adapters on more blocks than there are."""
+    """Refuse a model or an adapter that is not there or does not fit, and what the model has nothing of to train."""
     if config.model_name != EMBEDDED:
         existing_model(config.model_name, trust_remote_code=config.trust_remote_code)
     if config.adapter_path is not None:
         read_description(Path(config.adapter_path).expanduser())
-    elif config.fine_tune_type in ("lora", "dora") and config.lora_layers > 0:
-        blocks = model_config(config).get("num_hidden_layers")
-        if isinstance(blocks, int) and config.lora_layers > blocks:
-            raise InvalidConfigurationError(
-                f"lora_layers: {config.lora_layers} is more than the model's {blocks} blocks; use -1 for all"
-            )
+    wants_text = config.soft_prompt_text is not None and config.adapter_path is None
+    check_what_trains(model_config(config), config, load_tokenizer(config) if wants_text else None)
 
 
 def model_config(config: TrainingConfig) -> Mapping[str, Any]:
