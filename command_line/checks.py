@@ -13,6 +13,8 @@ from typing import Any
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config
 from base_setup.outline import check_what_trains
+from base_setup.pickled_tokenizer import FILE as PICKLED
+from base_setup.pickled_tokenizer import load_pickled_tokenizer
 from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
 from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
@@ -23,14 +25,14 @@ from data_loading.loading import DataSplits, load_data, load_prompts
 from data_loading.prepared_prompts import PreparedPrompts
 from data_loading.schemas import Kind
 from examples.digits_data import DIFFERENT_PROMPTS, digit_prompts
-from models.sft_model import EMBEDDED, build_embedded, existing_model
+from models.sft_model import EMBEDDED, build_embedded, existing_model, has_pickled_tokenizer
 from monitoring.run_folder import refuse_used
 from training.supervised import place_of
 
 #: Rows of a large file whose tokens are counted before a run; a dry run, and a smaller file, counts them all.
 COUNTED_ROWS = 10_000
 #: What is fetched of a model on the hub for its tokenizer alone.
-TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja", "tokenizer.pkl"]
 
 
 # The model and the folder --------------------------------------------------------------------------------
@@ -67,6 +69,8 @@ def load_tokenizer(config: TrainingConfig) -> Any:
         if not folder.is_dir():
             folder = _download(config.model_name, allow_patterns=TOKENIZER_FILES)
         check_model_folder(folder, trust_remote_code=config.trust_remote_code)
+        if has_pickled_tokenizer(folder):
+            return load_pickled_tokenizer(folder / PICKLED)
         return load(folder, {"trust_remote_code": config.trust_remote_code})
     except ModelLoadError:
         raise

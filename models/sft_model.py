@@ -83,9 +83,8 @@ def read_folder(
 
     ``lazy``: the weights are not computed yet.
     """
-    pickled = folder / PICKLED
-    if pickled.is_file() and not (folder / "tokenizer.json").is_file():
-        tokenizer = load_pickled_tokenizer(pickled)
+    if has_pickled_tokenizer(folder):
+        tokenizer = load_pickled_tokenizer(folder / PICKLED)
         model, settings = load_model(folder, lazy=lazy)
         return model, tokenizer, settings
     model, tokenizer, settings = mlx_lm.load(  # type: ignore[misc]
@@ -96,6 +95,11 @@ def read_folder(
         trust_remote_code=trusted,
     )
     return model, tokenizer, settings
+
+
+def has_pickled_tokenizer(folder: Path) -> bool:
+    """Whether the folder's tokenizer is a pickled encoding and nothing that mlx-lm reads."""
+    return (folder / PICKLED).is_file() and not (folder / "tokenizer.json").is_file()
 
 
 def _as_asked(base: LanguageModel, config: TrainingConfig) -> LanguageModel:

@@ -135,6 +135,7 @@ def test_an_upload_needs_consent_arrives_whole_and_fails_in_a_sentence(hub: Hub,
     assert sent.returncode == 0, sent.stderr
     assert ("POST", "/api/repos/create") in hub.asked
     assert hub.private in (None, False)
+    assert "mlx_lm.chat --model me/model" in hub.files["README.md"].decode()
     assert hub.tokens == {"Bearer hf_x"}
     here = {str(f.relative_to(tmp_path / "sent")): f.read_bytes() for f in (tmp_path / "sent").rglob("*")
             if f.is_file() and ".cache" not in f.parts}  # fmt: skip
