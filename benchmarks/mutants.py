@@ -1052,7 +1052,7 @@ MUTANTS = (
         "base_setup/adapter_layers.py",
         PLACED,
         PLACED.replace("use_dora=use_dora", "use_dora=False"),
-        f"{ADAPTERS} -k papers_formula",
+        f"{ADAPTERS} -k how_much_trains",
     ),
     Mutant(
         18,
@@ -1092,7 +1092,9 @@ MUTANTS = (
         "whole-modules-not-saved",
         "base_setup/adapter_files.py",
         "    weights = named_arrays(model.trainable_parameters())\n",
-        "    weights = {k: x for k, x in named_arrays(model.trainable_parameters()).items() if 'lora_' in k}\n",
+        "    leaves = ('lora_a', 'lora_b', 'm', 'soft_prompt')\n"
+        "    weights = named_arrays(model.trainable_parameters())\n"
+        "    weights = {k: x for k, x in weights.items() if k.rsplit('.', 1)[-1] in leaves}\n",
         f"{ADAPTERS} -k loads_here",
     ),
     Mutant(
@@ -1109,6 +1111,15 @@ MUTANTS = (
         "base_setup/soft_prompt.py",
         "                one.lead = n\n",
         "                one.lead = 0\n",
+        "tests/base_setup/test_soft_prompt.py -k logprobs_and_gradients",
+    ),
+    Mutant(
+        18,
+        "soft-prompt-of-the-first-row-alone",
+        "base_setup/soft_prompt.py",
+        "        return mx.concatenate([rows, x[:, n:]], axis=1)",
+        "        rows = mx.where(mx.arange(x.shape[0])[:, None, None] == 0, rows, 0)\n"
+        "        return mx.concatenate([rows, x[:, n:]], axis=1)",
         "tests/base_setup/test_soft_prompt.py -k logprobs_and_gradients",
     ),
     Mutant(

@@ -93,7 +93,7 @@ class Conversation:
         """How many tokens the cache holds; the last one may have been drawn and not been read by the model."""
         rows = soft_prompt_of(self.base.model)
         lead = 0 if rows is None else rows.shape[0]  # its columns stand in the cache and are no tokens
-        return max(getattr(self._cache[0], "offset", 0) - lead, 0)
+        return max(int(getattr(self._cache[0], "offset", 0)) - lead, 0)
 
     # -- The prompt -----------------------------------------------------------------------------------
 
