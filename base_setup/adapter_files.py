@@ -13,6 +13,7 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 # isort: split
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from base_setup.untrusted import check_adapter_folder
 from config.errors import CheckpointError, InvalidConfigurationError
 
 WEIGHTS, DESCRIPTION = "adapters.safetensors", "adapter_config.json"
+SHOWN, LONGEST = 3, 400  # differences named in a refusal, and its letters
 
 
 def save_adapter(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
@@ -44,7 +46,13 @@ def save_adapter(model: nn.Module, description: dict[str, Any], folder: Path) ->
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The parsed ``adapter_config.json`` of an adapter folder."""
+    """The parsed ``adapter_config.json`` of an adapter folder.
+
+    Raises:
+        CheckpointError: a file where a folder is expected, or a folder that lacks one of the two.
+    """
+    if folder.is_file():
+        raise CheckpointError(a_file(folder))
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -60,11 +68,43 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def a_file(path: Path) -> str:
+    """What to say of a file that is given as an adapter."""
+    if path.suffix == ".npz":
+        return (
+            f'"{path}" is a file of NumPy arrays, as mlx-rlhf writes adapters; python main.py convert --hf-path BASE '
+            f"--adapter-file {path} --mlx-path FOLDER makes an adapter folder of it"
+        )
+    return f'"{path}" is a file; give the folder that holds {WEIGHTS} and {DESCRIPTION}'
+
+
+def soft_prompt_length(description: Mapping[str, Any]) -> int:
+    """How many vectors the described adapter puts in front of every prompt; 0: it has no soft prompt.
+
+    Alone or beside low-rank adapters, they are ``soft_prompt_tokens`` of the description.
+
+    >>> soft_prompt_length({"fine_tune_type": "lora", "soft_prompt_tokens": 4})
+    4
+    """
+    return int(description.get("soft_prompt_tokens") or 0)
+
+
 def load_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Load an adapter folder onto a bare base, making its adapters; returns its description.
 
     Raises:
         CheckpointError: in a sentence, where the folder is incomplete or does not fit the model.
+    """
+    description = fit_adapter(model, folder)
+    mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
+    return description
+
+
+def fit_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """:func:`load_adapter` without computing a number: to see whether it fits, the model needs no weights.
+
+    Raises:
+        CheckpointError: as :func:`load_adapter` does.
     """
     description = read_description(folder)
     try:
@@ -80,7 +120,6 @@ def load_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:
         InvalidConfigurationError,
     ) as error:
         raise _misfit(folder, str(error)) from error
-    mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
     return description
 
 
@@ -89,6 +128,9 @@ def _load(model: nn.Module, description: dict[str, Any], weights: dict[str, mx.a
     rows = next((x for name, x in weights.items() if name.rsplit(".", 1)[-1] == SOFT_PROMPT), None)
     modules = modules_named(model, description.get("modules_to_save", ()))
     if kind not in ("full", "soft_prompt"):
+        for key in ("num_layers", "lora_parameters"):
+            if key not in description:
+                raise ValueError(f"{DESCRIPTION} has no {key}")
         place_adapters(
             model, description["num_layers"], description["lora_parameters"], use_dora=kind == "dora"
         )
@@ -96,7 +138,7 @@ def _load(model: nn.Module, description: dict[str, Any], weights: dict[str, mx.a
     train_modules(model, modules)
     if rows is not None:
         set_soft_prompt(model, rows)
-    elif description.get("soft_prompt_tokens"):
+    elif soft_prompt_length(description):
         raise ValueError(f"{SOFT_PROMPT} is missing")
     here = named_arrays(model.parameters())
     leaves = (*LEAVES, SOFT_PROMPT) if rows is not None else LEAVES
@@ -106,14 +148,12 @@ def _load(model: nn.Module, description: dict[str, Any], weights: dict[str, mx.a
         for name, x in here.items()
         if kind == "full" or name.rsplit(".", 1)[-1] in leaves or name.startswith(prefixes)
     }
-    for name in sorted(weights):
-        if name not in mine:
-            raise ValueError(f"{name}: not an adapter parameter in the model")
-        if weights[name].shape != mine[name]:
-            raise ValueError(f"{name} has shape {weights[name].shape}, here it is {mine[name]}")
-    missing = sorted(mine.keys() - weights.keys()) if kind != "full" else []
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
+    found = {name: x.shape for name, x in weights.items()}
+    if kind == "full":  # what it leaves out stays the base's
+        mine = {name: shape for name, shape in mine.items() if name in found}
+    differing = _differences(found, mine)
+    if differing:
+        raise ValueError(differing)
     write_arrays(model, weights)
 
 
@@ -129,15 +169,29 @@ def restore_adapter(model: nn.Module, description: dict[str, Any], folder: Path)
         raise _misfit(folder, str(error)) from error
     mine = {name: x.shape for name, x in named_arrays(model.trainable_parameters()).items()}
     found = {name: x.shape for name, x in weights.items()}
-    differing = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))
+    differing = _differences(found, mine)
     if differing:
-        name = differing[0]
-        raise _misfit(folder, f"{name} has shape {found.get(name)}, here it is {mine.get(name)}")
+        raise _misfit(folder, differing)
     model.load_weights(list(weights.items()), strict=False)
     mx.eval(model.parameters())  # the file may be overwritten later, and loading is lazy
 
 
+def _differences(found: Mapping[str, tuple[int, ...]], mine: Mapping[str, tuple[int, ...]]) -> str:
+    """What differs between a file's shapes and the model's, the first few by name; empty where nothing does."""
+    said = []
+    for name in sorted(found.keys() | mine.keys()):
+        if name not in mine:
+            said.append(f"{name} is no adapter parameter of the model")
+        elif name not in found:
+            said.append(f"{name} is missing")
+        elif found[name] != mine[name]:
+            said.append(f"{name} has shape {found[name]}, here it is {mine[name]}")
+    more = f"; and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+    return "; ".join(said[:SHOWN]) + more
+
+
 def _misfit(folder: Path, reason: str) -> CheckpointError:
+    reason = (reason.strip() or "no reason given").splitlines()[0][:LONGEST]
     return CheckpointError(
         f"{folder}: this adapter does not fit the model ({reason}); was it trained with other settings or on "
         "another base?"

@@ -44,6 +44,9 @@ EFFICIENT_TOKENS = {"cpu": 1280}  # ppo_trainer.updater.PASS_TOKENS
 #: All that forward and backward pass compute on the CPU over what the forward computes alone: measured with
 #: benchmarks/memory.py on three sizes, to 4 %.
 WITH_BACKWARD = {"lora": 2.06, "dora": 2.06, "soft_prompt": 2.06, "full": 2.31}
+DORA_ARRAYS = (
+    5  # of a layer's weight's size, in DoRA's forward pass on the CPU: measured likewise, two sizes, to 5 %
+)
 CODED_FROM, CODED_BLOCK = 4096, 256  # training.adamw.SMALLEST, BLOCK
 PASS_TOKENS = {"cpu": 32, "metal": 512, "cuda": 512}  # token_attribution.sampled_states
 
@@ -336,13 +339,19 @@ def _trained(arch: Architecture, options: PPOConfig) -> list[tuple[int, int]]:
     vectors = [(length * arch.hidden, 1)] if length else []
     if options.fine_tune_type == "soft_prompt":
         return vectors
+    rank, layers = options.lora_r, _adapted(arch, options)
+    low_rank = [(width * rank, m.copies) for m in layers for width in (m.inputs, m.outputs)]
+    dora = options.fine_tune_type == "dora"
+    return low_rank + vectors + ([(m.outputs, m.copies) for m in layers] if dora else [])
+
+
+def _adapted(arch: Architecture, options: PPOConfig) -> list[Matrix]:
+    """The layers of the model that have an adapter; DoRA leaves experts alone."""
     blocks = arch.layers if options.lora_layers < 0 else min(options.lora_layers, arch.layers)
     if options.lora_blocks is not None:
         blocks = min(len(block_numbers(options.lora_blocks)), arch.layers)
-    rank = options.lora_r
-    low_rank = [(width * rank, m.copies * blocks) for m in arch.linear for width in (m.inputs, m.outputs)]
-    dora = options.fine_tune_type == "dora"
-    return low_rank + vectors + ([(m.outputs, m.copies * blocks) for m in arch.linear] if dora else [])
+    chosen = arch.linear[:3] if options.fine_tune_type == "dora" and arch.experts > 1 else arch.linear
+    return [m._replace(copies=m.copies * blocks) for m in chosen]
 
 
 def _moments(size: int, options: PPOConfig) -> int:
@@ -411,12 +420,28 @@ def _kept(arch: Architecture, options: PPOConfig, passes: list[_Pass], device: s
         # What each block starts from, the keys that completions share, and all of the one block computed again.
         between = arch.layers * sum((arch.hidden + 2 * arch.keys) * one.tokens for one in passes)
         block = _everything(arch, options, passes) // arch.layers
+        lengths = _row_lengths(arch, options, device) // arch.layers
         if device == "cpu":  # with the gradients of the block, which stay as well
-            return between * FLOAT32 + round(WITH_BACKWARD[options.fine_tune_type] * block)
-        return between * arch.small_bytes + block
+            return between * FLOAT32 + round(WITH_BACKWARD[options.fine_tune_type] * block) + lengths
+        return between * arch.small_bytes + block + lengths
+    lengths = _row_lengths(arch, options, device)
     if device == "cpu":
-        return round(WITH_BACKWARD[options.fine_tune_type] * _everything(arch, options, passes))
-    return _read_back(arch, options, passes)
+        return round(WITH_BACKWARD[options.fine_tune_type] * _everything(arch, options, passes)) + lengths
+    return _read_back(arch, options, passes) + lengths
+
+
+def _row_lengths(arch: Architecture, options: PPOConfig, device: str) -> int:
+    """Bytes of what DoRA makes of each adapted layer's whole weight to know the lengths of its rows.
+
+    On the CPU all of it stays: update, sum, squares and what they are made of, ``DORA_ARRAYS`` of a weight's size by
+    measurement. Elsewhere only an unpacked weight does, which the backward pass reads.
+    """
+    if options.fine_tune_type != "dora":
+        return 0
+    numbers = sum(m.numbers * m.copies for m in _adapted(arch, options))
+    if device == "cpu":
+        return DORA_ARRAYS * numbers * FLOAT32
+    return numbers * arch.small_bytes if arch.weight_bytes < arch.small_bytes else 0
 
 
 def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> int:
@@ -435,6 +460,8 @@ def _everything(arch: Architecture, options: PPOConfig, passes: list[_Pass]) -> 
         )
         if options.fine_tune_type in ("lora", "dora"):  # through both factors, scaled, and the sum
             per_token += 3 * outputs + 7 * options.lora_r
+        if options.fine_tune_type == "dora":
+            per_token += outputs  # times the magnitudes
         cached = 2 * arch.keys * one.rows * (one.continued + one.span) if one.continued else 0
         total += arch.layers * (per_token * one.tokens + cached) + 5 * arch.hidden * one.tokens
     return total * FLOAT32

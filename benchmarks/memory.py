@@ -39,6 +39,12 @@ CASES: dict[str, dict[str, Any]] = {
         "fine_tune_type": "lora",
         "gradient_checkpointing": True,
     },
+    "grpo, dora": {"algorithm": "grpo", "fine_tune_type": "dora"},
+    "grpo, dora, checkpointing": {
+        "algorithm": "grpo",
+        "fine_tune_type": "dora",
+        "gradient_checkpointing": True,
+    },
     "grpo, full, micro 8, 8 bits": {
         "algorithm": "grpo",
         "fine_tune_type": "full",

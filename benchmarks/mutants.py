@@ -47,7 +47,8 @@ class Mutant(NamedTuple):
     tests: str  # what should notice: pytest arguments
 
 
-#: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add, 17 what speed does.
+#: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add, 17 what speed does,
+#: 18 what adapters do.
 MISTAKES = {
     1: "temperature missing in one of the forwards, or truncated sampling taken for the policy's",
     2: "off by one between logits and labels",
@@ -66,6 +67,7 @@ MISTAKES = {
     15: "preference losses: sign of the margin, pair or reference exchanged, score at padding; prompt in the loss",
     16: "rollouts not accounted for: weights inverted, differentiable, missing; dead groups by shaped scores",
     17: "passes shared, chunked or left out: positions, masks, slopes, denominators",
+    18: "adapters: scale, sign, shape, magnitude; a part left out of the file, of the reference or of what is seen",
 }
 
 LOSS = "tests/training/test_policy_loss.py"
@@ -86,6 +88,8 @@ PREFERENCES = "tests/training/test_preference_loss.py"
 CORRECTION = "tests/training/test_importance_correction.py"
 ALGORITHMS = "tests/ppo_trainer/test_algorithms.py"
 OPTIONS = "tests/ppo_trainer/test_update_options.py"
+ADAPTERS = "tests/base_setup/test_adapter_layers.py"
+PLACED = "    linear_to_lora_layers(model, layers, parameters, use_dora=use_dora)\n"
 
 MUTANTS = (
     # 1
@@ -1026,6 +1030,115 @@ MUTANTS = (
         "written >= born]",
         "written >= 0 * born]",
         "tests/models/test_rollout_engine.py tests/models/test_decoding.py",
+    ),
+    # 18
+    Mutant(
+        18,
+        "adapter-scale-doubled",
+        "base_setup/adapter_layers.py",
+        PLACED,
+        PLACED.replace("parameters,", '{**parameters, "scale": 2 * parameters["scale"]},'),
+        f"{ADAPTERS} -k papers_formula",
+    ),
+    Mutant(
+        18,
+        "adapter-subtracted",
+        "base_setup/adapter_layers.py",
+        PLACED,
+        PLACED.replace("parameters,", '{**parameters, "scale": -parameters["scale"]},'),
+        f"{ADAPTERS} -k papers_formula",
+    ),
+    Mutant(
+        18,
+        "magnitude-left-out",
+        "base_setup/adapter_layers.py",
+        PLACED,
+        PLACED.replace("use_dora=use_dora", "use_dora=False"),
+        f"{ADAPTERS} -k how_much_trains",
+    ),
+    Mutant(
+        18,
+        "magnitude-of-ones",
+        "base_setup/adapter_layers.py",
+        PLACED,
+        f"{PLACED}    for _, layer in adapter_layers(model) if use_dora else ():\n"
+        "        layer.m = mx.ones_like(layer.m)\n",
+        f"{ADAPTERS} -k begins_as_the_base",
+    ),
+    Mutant(
+        18,
+        "rank-stabilised-by-the-rank",
+        "config/training_config.py",
+        "(self.lora_r**0.5 if self.lora_rslora else self.lora_r)",
+        "self.lora_r",
+        f"{ADAPTERS} -k scale_is_alpha",
+    ),
+    Mutant(
+        18,
+        "factors-transposed",
+        "tools/older_adapters.py",
+        'stored[f"{match[1]}.{match[3]}"] = mx.array(array)',
+        'stored[f"{match[1]}.{match[3]}"] = mx.array(array.T)',
+        "tests/tools/test_older_adapters.py -k ten_times",
+    ),
+    Mutant(
+        18,
+        "base-of-whole-modules-lost",
+        "base_setup/base_model.py",
+        "    write_arrays(model, base.arrays)\n",
+        "",
+        f"{ADAPTERS} -k last_bit",
+    ),
+    Mutant(
+        18,
+        "whole-modules-not-saved",
+        "base_setup/adapter_files.py",
+        "    weights = named_arrays(model.trainable_parameters())\n",
+        "    leaves = ('lora_a', 'lora_b', 'm', 'soft_prompt')\n"
+        "    weights = named_arrays(model.trainable_parameters())\n"
+        "    weights = {k: x for k, x in weights.items() if k.rsplit('.', 1)[-1] in leaves}\n",
+        f"{ADAPTERS} -k loads_here",
+    ),
+    Mutant(
+        18,
+        "soft-prompt-in-every-call",
+        "base_setup/soft_prompt.py",
+        '    if not hasattr(first, "empty") or not first.empty():\n        return False\n',
+        "",
+        "tests/base_setup/test_soft_prompt.py -k rollouts_are_those",
+    ),
+    Mutant(
+        18,
+        "soft-prompt-unseen-by-completions",
+        "base_setup/soft_prompt.py",
+        "                one.lead = n\n",
+        "                one.lead = 0\n",
+        "tests/base_setup/test_soft_prompt.py -k logprobs_and_gradients",
+    ),
+    Mutant(
+        18,
+        "soft-prompt-of-the-first-row-alone",
+        "base_setup/soft_prompt.py",
+        "        return mx.concatenate([rows, x[:, n:]], axis=1)",
+        "        rows = mx.where(mx.arange(x.shape[0])[:, None, None] == 0, rows, 0)\n"
+        "        return mx.concatenate([rows, x[:, n:]], axis=1)",
+        "tests/base_setup/test_soft_prompt.py -k logprobs_and_gradients",
+    ),
+    Mutant(
+        18,
+        "soft-prompt-without-its-first-vector",
+        "base_setup/soft_prompt.py",
+        "return mx.concatenate([rows, x[:, n:]], axis=1)",
+        "return mx.concatenate([x[:, :1], rows[:, 1:], x[:, n:]], axis=1)",
+        "tests/base_setup/test_soft_prompt.py -k tokens_written_as_vectors",
+    ),
+    Mutant(
+        18,
+        "new-rows-of-zeros",
+        "base_setup/new_tokens.py",
+        "fresh = mx.broadcast_to(mx.mean(seen, axis=0), shape)",
+        "fresh = mx.zeros(shape)",
+        "tests/base_setup/test_new_tokens.py -k begins_as_the_mean",
     ),
 )
 

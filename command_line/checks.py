@@ -12,6 +12,9 @@ from typing import Any
 
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config
+from base_setup.outline import check_what_trains
+from base_setup.pickled_tokenizer import FILE as PICKLED
+from base_setup.pickled_tokenizer import load_pickled_tokenizer
 from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
 from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
@@ -22,31 +25,27 @@ from data_loading.loading import DataSplits, load_data, load_prompts
 from data_loading.prepared_prompts import PreparedPrompts
 from data_loading.schemas import Kind
 from examples.digits_data import DIFFERENT_PROMPTS, digit_prompts
-from models.sft_model import EMBEDDED, build_embedded, existing_model
+from models.sft_model import EMBEDDED, build_embedded, existing_model, has_pickled_tokenizer
 from monitoring.run_folder import refuse_used
 from training.supervised import place_of
 
 #: Rows of a large file whose tokens are counted before a run; a dry run, and a smaller file, counts them all.
 COUNTED_ROWS = 10_000
 #: What is fetched of a model on the hub for its tokenizer alone.
-TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja", "tokenizer.pkl"]
 
 
 # The model and the folder --------------------------------------------------------------------------------
 
 
 def check_model(config: TrainingConfig) -> None:
-    """Refuse a model or an adapter that is not there, or adapters on more blocks than there are."""
+    """Refuse a model or an adapter that is not there or does not fit, and what the model has nothing of to train."""
     if config.model_name != EMBEDDED:
         existing_model(config.model_name, trust_remote_code=config.trust_remote_code)
     if config.adapter_path is not None:
         read_description(Path(config.adapter_path).expanduser())
-    elif config.fine_tune_type in ("lora", "dora") and config.lora_layers > 0:
-        blocks = model_config(config).get("num_hidden_layers")
-        if isinstance(blocks, int) and config.lora_layers > blocks:
-            raise InvalidConfigurationError(
-                f"lora_layers: {config.lora_layers} is more than the model's {blocks} blocks; use -1 for all"
-            )
+    wants_text = config.soft_prompt_text is not None and config.adapter_path is None
+    check_what_trains(model_config(config), config, load_tokenizer(config) if wants_text else None)
 
 
 def model_config(config: TrainingConfig) -> Mapping[str, Any]:
@@ -70,6 +69,8 @@ def load_tokenizer(config: TrainingConfig) -> Any:
         if not folder.is_dir():
             folder = _download(config.model_name, allow_patterns=TOKENIZER_FILES)
         check_model_folder(folder, trust_remote_code=config.trust_remote_code)
+        if has_pickled_tokenizer(folder):
+            return load_pickled_tokenizer(folder / PICKLED)
         return load(folder, {"trust_remote_code": config.trust_remote_code})
     except ModelLoadError:
         raise

@@ -6,6 +6,7 @@ import argparse
 
 from command_line.decoding_options import add_trust
 from command_line.parsing import Command, Parser, count, one_of
+from config.errors import InvalidConfigurationError
 
 # What tools/converting.py has, written here because that imports MLX; a test compares them.
 DTYPES = ("float16", "bfloat16", "float32")
@@ -49,6 +50,18 @@ def _options(parser: Parser) -> None:
         metavar="RECIPE",
         help=f"more bits for some layers: {', '.join(RECIPES)}",
     )
+    older = parser.add_argument_group("an adapter of mlx-rlhf")
+    older.add_argument(
+        "--adapter-file",
+        metavar="FILE",
+        help="its .npz file: --mlx-path becomes an adapter folder for the base --hf-path, which stays as it is",
+    )
+    older.add_argument(
+        "--lora-scale",
+        type=float,
+        metavar="X",
+        help="what the update is multiplied by (default 10, its sft.py's)",
+    )
     add_upload_options(parser)
 
 
@@ -67,6 +80,12 @@ def add_upload_options(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Convert, and upload if that was asked for and agreed to."""
+    if options.adapter_file is not None:
+        return _adapter(options)
+    if options.lora_scale is not None:
+        raise InvalidConfigurationError(
+            "--lora-scale: it belongs to --adapter-file, which is not given; leave it out"
+        )
     from tools.converting import Conversion, convert
 
     how = Conversion(
@@ -87,11 +106,32 @@ def run(options: argparse.Namespace) -> int:
     return finish(options, options.mlx_path, options.hf_path)
 
 
+def _adapter(options: argparse.Namespace) -> int:
+    """An adapter alone; what is said of weights has no meaning for it."""
+    from tools.older_adapters import SCALE, convert_adapter
+
+    others = ("dtype", "eos_token", "quantize", "dequantize", "q_bits", "q_group_size", "quant_predicate")
+    for name in (*others, "upload_repo", "yes"):
+        if getattr(options, name):
+            raise InvalidConfigurationError(
+                f"--{name.replace('_', '-')}: with --adapter-file the adapter alone is written; leave it out"
+            )
+    print(
+        convert_adapter(
+            options.adapter_file,
+            options.hf_path,
+            options.mlx_path,
+            scale=SCALE if options.lora_scale is None else options.lora_scale,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+    print(f"next: python main.py chat --model {options.hf_path} --adapter-path {options.mlx_path}")
+    return 0
+
+
 def check_upload(options: argparse.Namespace) -> None:
     """Refuse a repository's name that is none, before anything is made."""
     import re
-
-    from config.errors import InvalidConfigurationError
 
     if options.upload_repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.upload_repo):
         raise InvalidConfigurationError(

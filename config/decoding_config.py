@@ -7,22 +7,20 @@ from typing import Annotated
 from pydantic import Field
 
 from config.declaration import (
-    Declaration,
     FiniteFloat,
     Fraction,
     NonNegativeFloat,
-    NonNegativeInt,
     OpenFraction,
-    PositiveFloat,
     PositiveInt,
     Seed,
     declared,
     option,
 )
+from config.sampling_config import TOP_P, SamplingConfig
 
 
 @declared
-class DecodingConfig(Declaration):
+class DecodingConfig(SamplingConfig):
     """Every sampler there is; the defaults are a lively answer (0 as temperature: the likeliest)."""
 
     max_tokens: PositiveInt = option(
@@ -31,17 +29,7 @@ class DecodingConfig(Declaration):
     temperature: NonNegativeFloat = option(
         default=0.7, meaning="Logits are divided by it; 0 = the likeliest token each time."
     )
-    top_p: OpenFraction = option(
-        default=0.95, meaning="Sample from the smallest set of tokens with this mass; 1 = all."
-    )
-    top_k: NonNegativeInt = option(default=0, meaning="Sample from the k likeliest tokens; 0 = all.")
-    min_p: Fraction = option(
-        default=0.0, meaning="Drop tokens below this share of the likeliest token's probability; 0 = none."
-    )
-    repetition_penalty: PositiveFloat = option(
-        default=1.0,
-        meaning="Logits of recent tokens are divided by it where positive, multiplied where negative.",
-    )
+    top_p: OpenFraction = option(default=0.95, meaning=TOP_P)
     presence_penalty: FiniteFloat = option(
         default=0.0, meaning="Taken off the logits of tokens that are among the recent ones."
     )

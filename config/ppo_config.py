@@ -18,11 +18,12 @@ from config.declaration import (
     option,
 )
 from config.reward_entries import Rewards
+from config.sampling_config import SamplingConfig
 from config.training_config import TrainingConfig
 
 
 @declared
-class PPOConfig(TrainingConfig):
+class PPOConfig(SamplingConfig, TrainingConfig):
     """Options of ``PPOTrainer``.
 
     A field that nobody sets takes the value of the algorithm's row (``ppo_trainer/algorithms.py``)
@@ -48,19 +49,8 @@ class PPOConfig(TrainingConfig):
     temperature: PositiveFloat = option(
         default=1.0, meaning="Logits are divided by it, in sampling and in every training pass alike (T)."
     )
-    top_p: OpenFraction = option(
-        default=1.0, meaning="Sample from the smallest set of tokens with this mass; 1 = all."
-    )
-    top_k: NonNegativeInt = option(default=0, meaning="Sample from the k likeliest tokens; 0 = all.")
-    min_p: Fraction = option(
-        default=0.0, meaning="Drop tokens below this share of the likeliest token's probability; 0 = none."
-    )
     logit_bias: dict[int, float] | None = option(
         default=None, meaning="Added to the logits of these token ids while sampling; none = nothing."
-    )
-    repetition_penalty: PositiveFloat = option(
-        default=1.0,
-        meaning="While sampling, logits of recent tokens are divided by it where positive, multiplied where negative.",
     )
     repetition_context: PositiveInt = option(
         default=20, meaning="How many recent tokens the repetition penalty looks at."

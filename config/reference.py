@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from config.declaration import Declaration
+from config.decoding_config import DecodingConfig
 from config.model_config import ModelConfig
 from config.older.names import Renamed
 from config.older.systems import SYSTEMS
@@ -79,6 +80,10 @@ def reference() -> str:
             if option.name not in shared or option.owner == cls.__name__
         ]
         parts.append(_table(None, own))
+    parts.append(
+        f"## DecodingConfig\n\n{_first_line(DecodingConfig)} Flags of `generate`, `chat` and `make-preferences`.\n"
+    )
+    parts.append(_table(None, list(options_of(DecodingConfig).values())))
     parts.append(f"## ModelConfig\n\n{_first_line(ModelConfig)} The value of `embedded_model`.\n")
     parts.append(_table(None, list(options_of(ModelConfig).values())))
     return "\n".join([*parts, _presets(), _older()]).rstrip() + "\n"

@@ -60,7 +60,7 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
         folder = _download(name)  # a folder stays what it is
         for sentence in check_model_folder(folder, trust_remote_code=trusted, field=field):
             print(sentence)
-        model, tokenizer, model_config = _read(folder, trusted)
+        model, tokenizer, model_config = read_folder(folder, trusted)
     except ModelLoadError:
         raise
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
@@ -76,20 +76,30 @@ def load_language_model(config: TrainingConfig, field: str = "model_name") -> La
     return _as_asked(loaded, config)
 
 
-def _read(folder: Path, trusted: bool) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """Model, tokenizer and config.json as mlx-lm reads them, and a tokenizer that is a pickled encoding as we do."""
-    pickled = folder / PICKLED
-    if pickled.is_file() and not (folder / "tokenizer.json").is_file():
-        tokenizer = load_pickled_tokenizer(pickled)
-        model, settings = load_model(folder)
+def read_folder(
+    folder: Path, trusted: bool, *, lazy: bool = False
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """Model, tokenizer and config.json as mlx-lm reads them, and a tokenizer that is a pickled encoding as we do.
+
+    ``lazy``: the weights are not computed yet.
+    """
+    if has_pickled_tokenizer(folder):
+        tokenizer = load_pickled_tokenizer(folder / PICKLED)
+        model, settings = load_model(folder, lazy=lazy)
         return model, tokenizer, settings
     model, tokenizer, settings = mlx_lm.load(  # type: ignore[misc]
         str(folder),
+        lazy=lazy,
         tokenizer_config={"trust_remote_code": trusted},
         return_config=True,
         trust_remote_code=trusted,
     )
     return model, tokenizer, settings
+
+
+def has_pickled_tokenizer(folder: Path) -> bool:
+    """Whether the folder's tokenizer is a pickled encoding and nothing that mlx-lm reads."""
+    return (folder / PICKLED).is_file() and not (folder / "tokenizer.json").is_file()
 
 
 def _as_asked(base: LanguageModel, config: TrainingConfig) -> LanguageModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,8 @@ def _converted(loaded: LanguageModel, how: Conversion) -> LanguageModel:
     model, config = loaded.model, dict(loaded.config)
     if how.dequantize:  # first: what it unpacks is in the type of its scales
         model = dequantized(model, config)
-    stored = config.get("torch_dtype", config.get("dtype"))
-    if how.dequantize and how.dtype is None and stored in DTYPES:
-        _cast(model, str(stored))  # some modes unpack to bfloat16, whatever they were packed from
+    if how.dequantize and how.dtype is None:
+        cast_as_stored(model, config)
     if how.dtype is not None:
         _cast(model, how.dtype)
         config.update(
@@ -132,6 +132,13 @@ def dequantized(model: Any, config: dict[str, Any]) -> Any:
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     return dequantize_model(model)
+
+
+def cast_as_stored(model: Any, config: Mapping[str, Any]) -> None:
+    """Give unpacked weights the type that the config names: some modes unpack to bfloat16, whatever they were."""
+    stored = config.get("torch_dtype", config.get("dtype"))
+    if stored in DTYPES:
+        _cast(model, str(stored))
 
 
 def _cast(model: Any, dtype: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx.utils import tree_unflatten
+import mlx.core as mx
 
-from base_setup.lora_setup import load_adapter, read_description
+from base_setup.adapter_layers import adapter_layers, fuse_layers, wrapped
+from base_setup.lora_setup import load_adapter, read_description, soft_prompt_length
 from base_setup.memory_estimate import read_config
 from base_setup.parameters import named_arrays
 from config.errors import InvalidConfigurationError
 from models.sft_model import EMBEDDED, LanguageModel
-from tools.converting import dequantized
+from tools.converting import cast_as_stored, dequantized
 from tools.loading import adapter_folder, embedded_of, is_quantized, read_model
 from tools.saving import check_new, fresh_folder, save_whole
 
@@ -51,14 +52,20 @@ def fuse(
     with fresh_folder(path, "--save-path") as folder:
         base = read_model(name, trust_remote_code=trust_remote_code, embedded=embedded_of(source))
         kind = load_adapter(base.model, source).get("fine_tune_type", "lora")
-        layers = _fuse_layers(base.model, de_quantize)
         config = dict(base.config)
-        model = dequantized(base.model, config) if de_quantize else base.model
+        if de_quantize:  # first: some modes unpack to bfloat16, which an update would be rounded to
+            dequantized(base.model, config)
+            for _, layer in adapter_layers(base.model):
+                wrapped(layer).set_dtype(mx.float32)
+        layers = len(adapter_layers(base.model))
+        fuse_layers(base.model)
+        if de_quantize:
+            cast_as_stored(base.model, config)
         save_whole(
-            LanguageModel(model, base.tokenizer, config, base.name), folder, own_code=trust_remote_code
+            LanguageModel(base.model, base.tokenizer, config, base.name), folder, own_code=trust_remote_code
         )
         if gguf is not None:
-            _write_gguf(folder, model, config, gguf)
+            _write_gguf(folder, base.model, config, gguf)
     done = (
         f"{layers} {kind} layers of {source} fused into {name}"
         if layers
@@ -73,24 +80,12 @@ def check_can_be_fused(folder: Path) -> None:
     Raises:
         InvalidConfigurationError: for soft prompts.
     """
-    description = read_description(folder)
-    if "soft_prompt" in str(description.get("fine_tune_type")) or any(folder.glob("soft_prompt*")):
+    if soft_prompt_length(read_description(folder)):
         raise InvalidConfigurationError(
             f"--adapter-path: {folder} has a soft prompt, and vectors that stand before the prompt's own are no part "
             "of any weight, so there is nothing to add them to; use it as it is: generate, chat and train take it by "
             "--adapter-path"
         )
-
-
-def _fuse_layers(model: Any, de_quantize: bool) -> int:
-    fused = [
-        (path, module.fuse(dequantize=de_quantize))
-        for path, module in model.named_modules()
-        if "lora_a" in module and hasattr(module, "fuse")
-    ]
-    if fused:
-        model.update_modules(tree_unflatten(fused))
-    return len(fused)
 
 
 # GGUF ----------------------------------------------------------------------------------------------------

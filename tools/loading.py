@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from mlx.utils import tree_map
-from mlx_lm.utils import hf_repo_to_path, quantize_model
+from mlx_lm.utils import _download, hf_repo_to_path, quantize_model
 
+from base_setup.adapter_files import a_file
 from base_setup.backend import compute_dtype
 from base_setup.lora_setup import DESCRIPTION, WEIGHTS, load_adapter, read_description
 from base_setup.memory_estimate import read_config
 from base_setup.tokenizer_setup import check_vocabulary, end_token_ids
+from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, InvalidConfigurationError, ModelLoadError
 from config.model_config import ModelConfig
-from models.sft_model import EMBEDDED, LanguageModel, build_embedded, existing_model, vocabulary_size
+from models.sft_model import (
+    EMBEDDED,
+    LanguageModel,
+    build_embedded,
+    existing_model,
+    read_folder,
+    vocabulary_size,
+)
 
 #: Parts of a run folder that may hold an adapter, the last weights first.
 RUN_PARTS = ("final", "interrupted", "")
@@ -42,15 +50,13 @@ def read_model(
     """
     if name == EMBEDDED:
         return build_embedded(*(embedded or (ModelConfig.tiny(), 0)))
-    found = existing_model(name, field)
+    found = existing_model(name, field, trust_remote_code=trust_remote_code)
     try:
-        model, tokenizer, config = mlx_lm.load(  # type: ignore[misc]
-            found,
-            lazy=True,
-            return_config=True,
-            tokenizer_config={"trust_remote_code": trust_remote_code},
-            trust_remote_code=trust_remote_code,
-        )
+        folder = _download(found)  # a folder stays what it is
+        check_model_folder(folder, trust_remote_code=trust_remote_code, field=field)
+        model, tokenizer, config = read_folder(folder, trust_remote_code, lazy=True)
+    except ModelLoadError:
+        raise
     except Exception as error:  # mlx-lm, transformers and the hub client each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(
@@ -102,7 +108,7 @@ def adapter_folder(name: str, field: str = "--adapter-path") -> Path:
     """
     above = Path(name).expanduser()
     if above.is_file():
-        raise CheckpointError(f'{field}: "{name}" is a file; give the folder that contains it')
+        raise CheckpointError(f"{field}: {a_file(above)}")
     for part in RUN_PARTS:
         folder = above / part
         if (folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file():

@@ -115,16 +115,18 @@ def upload(folder: Path, repo: str, base: str | None, *, consented: bool) -> boo
         if answer.strip().lower() != "yes":
             print(f"not uploaded; the model is in {folder} (--yes uploads without asking)")
             return False
-    from huggingface_hub import ModelCard
-    from mlx_lm.utils import create_model_card, upload_to_hub
+    from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+    # mlx-lm's upload_to_hub calls what newer hub clients have no more, after making the repository.
+    about = ModelCardData(library_name="mlx", pipeline_tag="text-generation", tags=["mlx"], base_model=base)
+    made_from = f" of [{base}](https://huggingface.co/{base})" if base is not None else ""
+    card = f"---\n{about.to_yaml()}\n---\n\n# {repo}\n\nAn MLX model{made_from}.\n\n    mlx_lm.chat --model {repo}\n"
     try:
-        create_model_card(folder, None)  # with a name it would fetch that model's card
-        if base is not None:
-            card = ModelCard.load(folder / "README.md")
-            card.data.base_model = base
-            card.save(folder / "README.md")
-        upload_to_hub(str(folder), repo)
+        ModelCard(card).save(folder / "README.md")
+        hub = HfApi()
+        hub.create_repo(repo, private=False, exist_ok=True)
+        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload an MLX model")
+        print(f"uploaded to {hub.endpoint}/{repo}")
     except Exception as error:  # the hub client's and the network's many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

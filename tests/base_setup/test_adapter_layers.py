@@ -131,6 +131,24 @@ def test_checkpointing_changes_no_gradient(
     assert sum(bool(mx.any(g)) for g in plain.values()) > 3
 
 
+def test_lora_is_its_papers_formula(tiny: LanguageModel, make_config: Callable[..., Any]) -> None:
+    """y = W x + (α / r) Bᵀ Aᵀ x, α 8 and r 4, in NumPy; embeddings and experts go by the same factors."""
+    adapted, _ = prepared(tiny.model, make_config(lora_r=4, lora_alpha=8))
+    layer = adapted.model.layers[1].mlp.down_proj  # 64 → 32: no square that a transposition would fit
+    x = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
+    a, b, w = (np.array(v) for v in (layer.lora_a, layer.lora_b, layer.linear.weight))
+    assert (a.shape, b.shape) == ((64, 4), (4, 32))
+    np.testing.assert_allclose(np.array(layer(mx.array(x))), x @ w.T + 2 * x @ a @ b, atol=1e-5)
+
+
+def test_dora_begins_as_the_base(tiny: LanguageModel, make_config: Callable[..., Any]) -> None:
+    fresh = PolicyModel(tiny, make_config(fine_tune_type="dora")).model
+    np.testing.assert_allclose(logits(fresh), logits(tiny.model), atol=1e-6)
+    layer = fresh.model.layers[0].mlp.up_proj
+    lengths = np.linalg.norm(np.array(layer.linear.weight, dtype=np.float64), axis=1)
+    np.testing.assert_allclose(np.array(layer.m), lengths, rtol=1e-5)
+
+
 def test_dora_is_its_papers_formula(tiny: LanguageModel, make_config: Callable[..., Any]) -> None:
     """W' = m · (W + s·(A·B)ᵀ) / ‖W + s·(A·B)ᵀ‖ by rows, in NumPy."""
     adapted, description = prepared(tiny.model, make_config(fine_tune_type="dora"))

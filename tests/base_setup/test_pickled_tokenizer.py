@@ -11,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mlx_lm
 import pytest
 
+import main
 from base_setup.pickled_tokenizer import load_pickled_tokenizer
 from base_setup.tokenizer_setup import encode, encode_prompt
 from config.errors import ModelLoadError
@@ -134,15 +136,18 @@ def test_an_encoding_that_is_none_is_refused(
         load_pickled_tokenizer(write(**changes))
 
 
-def test_a_model_with_one_trains(
-    write: Callable[..., Path], make_config: Callable[..., Any], tmp_path: Path
-) -> None:
-    base = load_language_model(make_config(new_special_tokens=[f"<{i}>" for i in range(7)]))  # 266 rows
-    folder = tmp_path / "model"
-    save_language_model(base, folder)
-    for file in folder.glob("*token*"):
+@pytest.fixture
+def folder(write: Callable[..., Path], make_config: Callable[..., Any], tmp_path: Path) -> Path:
+    """A model of 266 tokens whose only tokenizer is a pickled encoding."""
+    base = load_language_model(make_config(new_special_tokens=[f"<{i}>" for i in range(7)]))
+    save_language_model(base, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*token*"):
         file.unlink()
-    write().rename(folder / "tokenizer.pkl")
+    write().rename(tmp_path / "model" / "tokenizer.pkl")
+    return tmp_path / "model"
+
+
+def test_a_model_with_one_trains(folder: Path, make_config: Callable[..., Any], tmp_path: Path) -> None:
     config = make_config(
         PPOConfig,
         model_name=str(folder),
@@ -156,3 +161,20 @@ def test_a_model_with_one_trains(
     )
     trainer = PPOTrainer(config, reward_model=lambda completions, **_: [float(len(c)) for c in completions])
     assert trainer.train(["hello world"], num_epochs=2)["objective/kl"] != 0
+
+
+def test_every_command_takes_one(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained, talked to and fused; the fused model has a tokenizer that mlx-lm reads by itself."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello world", "answer": "hello"}\n')
+    run, fused = str(tmp_path / "run"), str(tmp_path / "fused")
+    small = "--batch-size 1 --group-size 2 --num-steps 1 --max-new-tokens 4 --lora-r 4 --rewards jaccard"
+    words = ["--model-name", str(folder), "--train-path", str(prompts), "--output-dir", run]
+    assert main.main(["train", "--algorithm", "grpo", *words, *small.split()]) == 0
+    capsys.readouterr()
+    assert main.main(["generate", "--adapter-path", run, "-p", "hello", "-m", "4", "--temp", "0"]) == 0
+    said = capsys.readouterr().out
+    assert main.main(["fuse", "--adapter-path", run, "--save-path", fused]) == 0
+    model, tokenizer = mlx_lm.load(fused)
+    assert tokenizer.encode("hello") == [261]
+    assert mlx_lm.generate(model, tokenizer, [261], max_tokens=4) + "\n" == said

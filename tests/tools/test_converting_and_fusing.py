@@ -15,11 +15,15 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import _get_classes
 
 from base_setup.lora_setup import save_adapter
+from base_setup.parameters import named_arrays
 from command_line import convert as command
 from config.errors import CheckpointError, InvalidConfigurationError, ModelLoadError
+from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel, save_language_model
+from tests.conftest import SHAPE
 from tools import converting
 from tools.converting import Conversion, convert
 from tools.fusing import fuse
@@ -179,13 +183,22 @@ def test_a_quantised_base_stays_packed_unless_asked(saved: Path, tmp_path: Path)
     assert mx.allclose(packed(IDS), exact, atol=0.1)
 
 
-def test_a_soft_prompt_is_refused_with_its_reason(saved: Path, tmp_path: Path) -> None:
-    folder, _ = adapter(saved, tmp_path / "adapter")
-    (folder / "soft_prompt.safetensors").write_bytes(b"")
+@pytest.mark.parametrize(
+    "options", [{"fine_tune_type": "soft_prompt"}, {"soft_prompt_tokens": 2}], ids=["alone", "with lora"]
+)
+def test_a_soft_prompt_is_refused_with_its_reason(
+    saved: Path,
+    tmp_path: Path,
+    tiny: LanguageModel,
+    make_config: Callable[..., Any],
+    options: dict[str, Any],
+) -> None:
+    PolicyModel(tiny, make_config(**options)).save(tmp_path / "adapter")
     with pytest.raises(
         InvalidConfigurationError, match=r"has a soft prompt, and vectors .* no part of any weight"
     ):
-        fuse(str(saved), str(folder), tmp_path / "fused")
+        fuse(str(saved), str(tmp_path / "adapter"), tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
 
 
 def test_gguf_where_mlx_lm_writes_it(
@@ -198,3 +211,66 @@ def test_gguf_where_mlx_lm_writes_it(
     ):
         fuse(str(saved), str(folder), tmp_path / "fused", gguf="m.gguf")
     assert not (tmp_path / "fused").exists()
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """GGUF keeps the two halves of a rotated head interleaved: row 2i is row i, row 2i + 1 is row i + half."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def test_a_llama_becomes_a_gguf_file_with_the_fused_numbers(
+    tiny: LanguageModel, tmp_path: Path, make_config: Callable[..., Any]
+) -> None:
+    sizes = {"vocab_size": len(tiny.tokenizer), "model_type": "llama", "torch_dtype": "float32"}
+    config = {**SHAPE, **sizes, "bos_token_id": 256, "eos_token_id": 258}
+    model_class, args_class = _get_classes(config)
+    mx.random.seed(2)
+    base = LanguageModel(model_class(args_class.from_dict(config)), tiny.tokenizer, config, "x")
+    save_language_model(base, tmp_path / "base")
+    policy = PolicyModel(base, make_config(model_name=str(tmp_path / "base")))
+    moved = {k: x + 0.1 for k, x in named_arrays(policy.model.trainable_parameters()).items()}
+    policy.model.load_weights(list(moved.items()), strict=False)
+    policy.save(tmp_path / "adapter")
+    line = fuse(str(tmp_path / "base"), str(tmp_path / "adapter"), tmp_path / "fused", gguf="m.gguf")
+    assert line.endswith("m.gguf")
+    arrays, about = mx.load(str(tmp_path / "fused" / "m.gguf"), format="gguf", return_metadata=True)
+    assert about["general.architecture"] == "llama"
+    assert int(about["llama.block_count"]) == 2
+    assert int(about["llama.attention.head_count_kv"]) == 1
+    assert len(about["tokenizer.ggml.tokens"]) == len(tiny.tokenizer)
+    layer = policy.model.model.layers[1]
+    names = {
+        "attn_q": layer.self_attn.q_proj,
+        "attn_k": layer.self_attn.k_proj,
+        "ffn_down": layer.mlp.down_proj,
+    }
+    for name, adapted in names.items():
+        a, b, w = (
+            np.array(x, dtype=np.float64) for x in (adapted.lora_a, adapted.lora_b, adapted.linear.weight)
+        )
+        fused = w + 2 * (a @ b).T  # α / r of make_config
+        fused = permuted(fused, {"attn_q": 2, "attn_k": 1}[name]) if name != "ffn_down" else fused
+        written = np.array(arrays[f"blk.1.{name}.weight"].astype(mx.float32))
+        np.testing.assert_allclose(written, fused, atol=1e-3)  # in float16
+    assert len(arrays) == len(named_arrays(base.model.parameters()))
+
+
+def test_gguf_of_a_quantised_base_or_outside_the_folder_is_refused(
+    tiny: LanguageModel, tmp_path: Path, saved: Path
+) -> None:
+    folder, _ = adapter(saved, tmp_path / "adapter")
+    path = saved / "config.json"
+    config = {**json.loads(path.read_text()), "model_type": "llama"}
+    for changes, file, sentence in (
+        (
+            {"quantization": {"bits": 4, "group_size": 32}},
+            "m.gguf",
+            "is quantised, which mlx-lm cannot write",
+        ),
+        ({}, "../m.gguf", "--gguf-path: a file name within --save-path is expected"),
+    ):
+        path.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(InvalidConfigurationError, match=sentence):
+            fuse(str(saved), str(folder), tmp_path / "fused", gguf=file)
+        assert not (tmp_path / "fused").exists()

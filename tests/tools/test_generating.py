@@ -8,13 +8,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx_lm
 import pytest
 
+from base_setup.parameters import named_arrays
 from config.decoding_config import DecodingConfig
 from config.errors import DataLoadError, InvalidConfigurationError
+from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel, save_language_model
 from tools.chatting import Conversation, UntilStop
 from tools.generating import answer_to, generate, stream
@@ -119,8 +124,17 @@ def test_lines_are_those_of_mlx_rlhf_and_cut_at_a_token(tiny: LanguageModel) -> 
     assert tiny.tokenizer.decode(chat._fitting(asked)[0]) == " c\nSystem:"
 
 
-def test_mlx_lms_server_serves_what_we_save(tiny: LanguageModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_mlx_lms_server_serves_what_we_save(
+    tiny: LanguageModel, make_config: Callable[..., Any], tmp_path: Path, adapted: bool
+) -> None:
+    """By the two commands of docs/tools.md."""
     save_language_model(tiny, tmp_path / "model")
+    policy = PolicyModel(tiny, make_config())
+    if adapted:
+        moved = {k: x + 0.1 for k, x in named_arrays(policy.model.trainable_parameters()).items()}
+        policy.model.load_weights(list(moved.items()), strict=False)
+        policy.save(tmp_path / "adapter")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -133,6 +147,7 @@ def test_mlx_lms_server_serves_what_we_save(tiny: LanguageModel, tmp_path: Path)
         str(tmp_path / "model"),
         "--port",
         str(port),
+        *(["--adapter-path", str(tmp_path / "adapter")] if adapted else []),
     ]
     server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -154,7 +169,12 @@ def test_mlx_lms_server_serves_what_we_save(tiny: LanguageModel, tmp_path: Path)
                 time.sleep(0.1)
         ids = tiny.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         ids = ids["input_ids"] if hasattr(ids, "keys") else ids
-        assert said == generate(tiny, [ids], DecodingConfig(max_tokens=6, temperature=0))[0].text
+        expected = [
+            generate(model, [ids], DecodingConfig(max_tokens=6, temperature=0))[0].text
+            for model in (replace(tiny, model=policy.model), tiny)
+        ]
+        assert said == expected[0]
+        assert (expected[0] != expected[1]) == adapted
     finally:
         server.terminate()
         server.wait()
