@@ -13,6 +13,7 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 # isort: split
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def soft_prompt_length(description: Mapping[str, Any]) -> int:
+    """How many vectors the described adapter puts in front of every prompt; 0: it has no soft prompt.
+
+    Alone or beside low-rank adapters, they are ``soft_prompt_tokens`` of the description.
+
+    >>> soft_prompt_length({"fine_tune_type": "lora", "soft_prompt_tokens": 4})
+    4
+    """
+    return int(description.get("soft_prompt_tokens") or 0)
+
+
 def load_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Load an adapter folder onto a bare base, making its adapters; returns its description.
 
@@ -96,7 +108,7 @@ def _load(model: nn.Module, description: dict[str, Any], weights: dict[str, mx.a
     train_modules(model, modules)
     if rows is not None:
         set_soft_prompt(model, rows)
-    elif description.get("soft_prompt_tokens"):
+    elif soft_prompt_length(description):
         raise ValueError(f"{SOFT_PROMPT} is missing")
     here = named_arrays(model.parameters())
     leaves = (*LEAVES, SOFT_PROMPT) if rows is not None else LEAVES

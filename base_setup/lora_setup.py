@@ -24,6 +24,7 @@ from base_setup.adapter_files import (
     read_description,
     restore_adapter,
     save_adapter,
+    soft_prompt_length,
 )
 from base_setup.adapter_layers import LEAVES, adapter_layers, add_adapters
 from base_setup.base_model import adapters_off, fuse_adapters, strip_adapters
@@ -45,6 +46,7 @@ __all__ = [
     "read_description",
     "restore_adapter",
     "save_adapter",
+    "soft_prompt_length",
     "strip_adapters",
 ]
 
@@ -127,6 +129,6 @@ def _resume_adapter(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
         module.unfreeze(keys=names, recurse=False)
         # Like fresh adapters: a file in 16 bits would make them train, and stand still, in 16 bits.
         module.update({name: module[name].astype(mx.float32) for name in names})
-    if description.get("soft_prompt_tokens"):
+    if soft_prompt_length(description):
         model.unfreeze(keys=[SOFT_PROMPT])
     return description

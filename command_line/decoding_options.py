@@ -54,9 +54,8 @@ def add_model_options(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default="mlx_model",
         metavar="NAME",
-        help="folder, Hugging Face name or embedded (default mlx_model)",
+        help="folder, Hugging Face name or embedded (default: what the adapter was trained on; else mlx_model)",
     )
     group.add_argument(
         "--adapter-path",
@@ -82,10 +81,13 @@ def add_trust(group: Any) -> None:
 
 def load_model(options: argparse.Namespace) -> Any:
     """The model of :func:`add_model_options`."""
-    from tools.loading import load_for_use
+    from tools.loading import base_of, load_for_use
 
+    model = options.model
+    if model is None:
+        model = "mlx_model" if options.adapter_path is None else base_of(options.adapter_path)
     return load_for_use(
-        options.model,
+        model,
         options.adapter_path,
         quantize=options.quantize,
         trust_remote_code=options.trust_remote_code,

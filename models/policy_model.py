@@ -18,6 +18,7 @@ from base_setup.lora_setup import (
     prepare_trainable,
     restore_adapter,
     save_adapter,
+    soft_prompt_length,
     strip_adapters,
 )
 from base_setup.parameters import named_arrays
@@ -204,7 +205,9 @@ class PolicyModel:
         A soft prompt changes every state at once, DoRA the order of sums, a whole module perhaps its precision.
         """
         plain = self.description.get("fine_tune_type", "lora") == "lora"
-        return plain and not {"soft_prompt_tokens", "modules_to_save"} & self.description.keys()
+        return (
+            plain and not soft_prompt_length(self.description) and "modules_to_save" not in self.description
+        )
 
     def save(self, folder: Path) -> None:
         """Write the trained weights as an mlx-lm adapter folder."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from base_setup.soft_prompt import soft_prompt_of
 from base_setup.tokenizer_setup import encode, encode_prompt
 from config.decoding_config import DecodingConfig
 from config.errors import DataLoadError, InvalidConfigurationError
@@ -78,15 +79,21 @@ class Conversation:
         reply = UntilStop(STOPS[self.template])
         told: tuple[int, ...] = ()
         unseen, self._cached = self._unseen(ids), []  # whoever interrupts leaves a cache of nobody knows what
-        for piece in stream(self.base, unseen, self.how, prompt=self._turn, cache=self._cache):
+        seen = ids[: len(ids) - len(unseen)]
+        for piece in stream(self.base, unseen, self.how, prompt=self._turn, cache=self._cache, seen=seen):
             told = piece.ids
             yield reply.add(piece.text)
             if reply.stopped:
                 break
         yield reply.rest()
-        # The last token has been drawn and not been read by the model.
-        self._cached = [*ids, *told][: self._cache[0].offset] if hasattr(self._cache[0], "offset") else []
+        self._cached = [*ids, *told][: self._columns_of_tokens()]
         self.messages = [*kept, {"role": "assistant", "content": reply.text.strip()}]
+
+    def _columns_of_tokens(self) -> int:
+        """How many tokens the cache holds; the last one may have been drawn and not been read by the model."""
+        rows = soft_prompt_of(self.base.model)
+        lead = 0 if rows is None else rows.shape[0]  # its columns stand in the cache and are no tokens
+        return max(getattr(self._cache[0], "offset", 0) - lead, 0)
 
     # -- The prompt -----------------------------------------------------------------------------------
 

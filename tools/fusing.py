@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx.utils import tree_unflatten
 
-from base_setup.lora_setup import load_adapter, read_description
+from base_setup.lora_setup import load_adapter, read_description, soft_prompt_length
 from base_setup.memory_estimate import read_config
 from base_setup.parameters import named_arrays
 from config.errors import InvalidConfigurationError
@@ -73,8 +73,7 @@ def check_can_be_fused(folder: Path) -> None:
     Raises:
         InvalidConfigurationError: for soft prompts.
     """
-    description = read_description(folder)
-    if "soft_prompt" in str(description.get("fine_tune_type")) or any(folder.glob("soft_prompt*")):
+    if soft_prompt_length(read_description(folder)):
         raise InvalidConfigurationError(
             f"--adapter-path: {folder} has a soft prompt, and vectors that stand before the prompt's own are no part "
             "of any weight, so there is nothing to add them to; use it as it is: generate, chat and train take it by "

@@ -10,6 +10,7 @@ A token is drawn by inverse transform from the numbers of (seed, prompt, member)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -112,12 +113,14 @@ def stream(
     prompt: int = 0,
     member: int = 0,
     cache: list[Any] | None = None,
+    seen: Sequence[int] = (),
 ) -> Iterator[Piece]:
     """One answer as it comes.
 
     Args:
         ids: the prompt's tokens; with ``cache``, those that it has not seen yet.
         prompt, member: which random numbers, see ``uniforms_for``. cache: mlx-lm's, of what stands before.
+        seen: the tokens that the cache holds, for penalties to look at.
     """
     tokens: list[int] = []
     for response in stream_generate(
@@ -126,7 +129,7 @@ def stream(
         mx.array(list(ids)),
         max_tokens=how.max_tokens,
         sampler=_sampler(base, how, uniforms_for(how.seed, 0, prompt, member, how.max_tokens)),
-        logits_processors=_processors(how),
+        logits_processors=_processors(how, seen),
         prompt_cache=cache,
     ):
         # The last response names its token a second time, unless it is the one that ended the answer.
@@ -155,7 +158,8 @@ def _sampling(how: DecodingConfig) -> Sampling:
     )
 
 
-def _processors(how: DecodingConfig) -> list[Any]:
+def _processors(how: DecodingConfig, seen: Sequence[int] = ()) -> list[Any]:
+    """mlx-lm's, which would see no token of the cache; it hands them those that it read and drew itself."""
     processors: list[Any] = make_logits_processors(
         how.logit_bias,
         how.repetition_penalty if how.repetition_penalty != 1 else None,
@@ -165,7 +169,15 @@ def _processors(how: DecodingConfig) -> list[Any]:
         how.frequency_penalty or None,
         how.penalty_context,
     )
-    return processors
+    if not seen:
+        return processors
+    past = mx.array(list(seen[-how.penalty_context :]))
+    return [partial(_with_past, past, one) for one in processors]
+
+
+def _with_past(past: mx.array, processor: Any, tokens: mx.array, logits: mx.array) -> mx.array:
+    processed: mx.array = processor(mx.concatenate([past, tokens.astype(past.dtype)]), logits)
+    return processed
 
 
 def _sampler(

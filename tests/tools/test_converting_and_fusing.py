@@ -19,6 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from base_setup.lora_setup import save_adapter
 from command_line import convert as command
 from config.errors import CheckpointError, InvalidConfigurationError, ModelLoadError
+from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel, save_language_model
 from tools import converting
 from tools.converting import Conversion, convert
@@ -179,13 +180,22 @@ def test_a_quantised_base_stays_packed_unless_asked(saved: Path, tmp_path: Path)
     assert mx.allclose(packed(IDS), exact, atol=0.1)
 
 
-def test_a_soft_prompt_is_refused_with_its_reason(saved: Path, tmp_path: Path) -> None:
-    folder, _ = adapter(saved, tmp_path / "adapter")
-    (folder / "soft_prompt.safetensors").write_bytes(b"")
+@pytest.mark.parametrize(
+    "options", [{"fine_tune_type": "soft_prompt"}, {"soft_prompt_tokens": 2}], ids=["alone", "with lora"]
+)
+def test_a_soft_prompt_is_refused_with_its_reason(
+    saved: Path,
+    tmp_path: Path,
+    tiny: LanguageModel,
+    make_config: Callable[..., Any],
+    options: dict[str, Any],
+) -> None:
+    PolicyModel(tiny, make_config(**options)).save(tmp_path / "adapter")
     with pytest.raises(
         InvalidConfigurationError, match=r"has a soft prompt, and vectors .* no part of any weight"
     ):
-        fuse(str(saved), str(folder), tmp_path / "fused")
+        fuse(str(saved), str(tmp_path / "adapter"), tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
 
 
 def test_gguf_where_mlx_lm_writes_it(
