@@ -254,13 +254,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="sequences in each of the three files (default 100)",
     )
     parser.add_argument(
-        "--min-length", type=int, default=DRAWING["min_length"], help="fewest numbers after the first (default 5)"
+        "--min-length",
+        type=int,
+        default=DRAWING["min_length"],
+        help="fewest numbers after the first (default 5)",
     )
     parser.add_argument(
-        "--max-length", type=int, default=DRAWING["max_length"], help="most numbers after the first (default 15)"
+        "--max-length",
+        type=int,
+        default=DRAWING["max_length"],
+        help="most numbers after the first (default 15)",
     )
     parser.add_argument(
-        "--noise", type=float, default=DRAWING["noise"], help="probability that a number is arbitrary (default 0.2)"
+        "--noise",
+        type=float,
+        default=DRAWING["noise"],
+        help="probability that a number is arbitrary (default 0.2)",
     )
     parser.add_argument(
         "--largest-first", type=int, help="the first number is at most this, before it is moved to a multiple"
@@ -277,10 +286,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     direction.add_argument("--decreasing", "-d", action="store_true", help="each number less than the last")
     direction.add_argument(
-        "--stages", action="store_true", help="the files of all stages of docs/digits.md in place of the three"
+        "--stages",
+        action="store_true",
+        help="the files of all stages of docs/digits.md in place of the three",
     )
     parser.add_argument(
-        "--multiple-of", type=int, default=DRAWING["multiple_of"], help="what every number is a multiple of (default 1)"
+        "--multiple-of",
+        type=int,
+        default=DRAWING["multiple_of"],
+        help="what every number is a multiple of (default 1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files (default 0)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where to write them (default .)")

@@ -1,10 +1,10 @@
 """The files of the walk-through in docs/digits.md: what each stage of RLHF learns from, one file per stage.
 
-    python main.py generate-digit-data --stages --folder digits/data --seed 0
+    python main.py generate-digit-data --stages --folder runs/digits/data --seed 0
 
     base.jsonl           growing numbers, to make a small model from nothing: of any parity, or of the one that a word
                          before them names
-    sft.jsonl            demonstrations: growing even numbers, a fifth of them wrong
+    sft.jsonl            demonstrations: growing even numbers, two fifths of them arbitrary
     preferences.jsonl    noisy answers with the score of each, as text, for the reward model
     pairs_held_out.jsonl the same, to judge it by
     prompts.jsonl        first numbers to learn from by trial
@@ -52,11 +52,11 @@ def base_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def demonstration_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Growing sequences of even numbers in which one number in five is whatever lies within 50 of the last."""
+    """Growing sequences of even numbers in which two numbers in five are whatever lies within 50 of the last."""
     texts = generate_sequences(
         count,
         multiple_of=2,
-        noise=0.2,
+        noise=0.4,
         noise_around="last",
         largest_first=300,
         min_length=5,
@@ -94,7 +94,10 @@ def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def stage_rows(seed: int) -> dict[str, list[dict[str, str]]]:
     """The rows of each file, by its name."""
-    scored = scored_rows(SCORED + SCORED_HELD_OUT, seed)
+    scored = [
+        {**row, "completion": row["completion"] or " "}  # an answer in a file has to be some text
+        for row in scored_rows(SCORED + SCORED_HELD_OUT, seed)
+    ]
     prompts, held_out = digit_prompt_splits(PROMPTS, HELD_OUT, seed)
     return {
         "base.jsonl": base_rows(BASE, seed),
