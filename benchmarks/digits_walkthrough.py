@@ -2,10 +2,10 @@
 
     ./run python -m benchmarks.digits_walkthrough --seeds 5 --modes lora soft full --out runs/digits-walkthrough
 
-Runs the document's commands as they stand there, each in a process of its own, with another folder and seed, and reads
-scores from what they leave. The score that judges is always the true one, on held-out prompts. After each way to train
-the result is loaded in a fresh process, by ``mlx_lm.load`` alone where mlx-lm can, and has to give the likeliest answers
-that ``generate`` gives, token for token. ``--ablations`` switches off one choice at a time.
+Runs the document's commands as they stand there but for folder and seed, each in a process of its own, and reads scores
+from what they leave. The score that judges is always the true one, on held-out prompts. After each way to train
+the result is loaded in a fresh process, by ``mlx_lm.load`` alone where mlx-lm can, and has to give the likeliest
+answers that ``generate`` gives, token for token. ``--ablations`` switches off one choice at a time.
 
 What is finished is not run again; a part that was interrupted begins anew. The tables are printed at the end, and
 ``--table`` prints those of what there is.
@@ -162,8 +162,8 @@ def _answers(reward: str, mode: str, folder: str) -> Step:
     place = f"{folder}/{mode}"
     return Step(
         f"answers {reward}",
-        f"generate --model {_start(mode, folder)} --adapter-path {place}/{reward} --prompts {folder}/data/held_out.jsonl "
-        f"--temperature 0 --max-tokens 32 --output {place}/{reward}/answers.jsonl",
+        f"generate --model {_start(mode, folder)} --adapter-path {place}/{reward} "
+        f"--prompts {folder}/data/held_out.jsonl --temperature 0 --max-tokens 32 --output {place}/{reward}/answers.jsonl",
     )
 
 

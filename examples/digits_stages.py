@@ -2,8 +2,8 @@
 
     python main.py generate-digit-data --stages --folder runs/digits/data --seed 0
 
-    base.jsonl           growing numbers, to make a small model from nothing: of any parity, or of the one that a word
-                         before them names
+    base.jsonl           growing numbers, to make a small model from nothing: of any parity, or of the one
+                         that a word before them names
     sft.jsonl            demonstrations: growing even numbers, two fifths of them arbitrary
     preferences.jsonl    noisy answers with the score of each, as text, for the reward model
     pairs_held_out.jsonl the same, to judge it by
@@ -11,8 +11,9 @@
     held_out.jsonl       other first numbers, to be judged by, each four times
 
 Demonstrations are imperfect on purpose: what nobody shows a model, the reward has to teach it. The base model knows more
-than it shows, as a large one does: asked for "even 8" it counts in even numbers, given "8" alone in any. A soft prompt
-changes no weight, so it can only bring out what is there. No prompt is in two files. Everything is drawn from one seed.
+than it shows, as a large one does: asked for "even 8" it counts in even numbers, given "8" alone in any. A soft
+prompt changes no weight, so it can only bring out what is there. No prompt to learn from is one to be judged by.
+Everything is drawn from one seed.
 """
 
 from __future__ import annotations
