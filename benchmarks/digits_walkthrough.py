@@ -163,7 +163,8 @@ def _answers(reward: str, mode: str, folder: str) -> Step:
     return Step(
         f"answers {reward}",
         f"generate --model {_start(mode, folder)} --adapter-path {place}/{reward} "
-        f"--prompts {folder}/data/held_out.jsonl --temperature 0 --max-tokens 32 --output {place}/{reward}/answers.jsonl",
+        f"--prompts {folder}/data/held_out.jsonl --temperature 0 --max-tokens 32 "
+        f"--output {place}/{reward}/answers.jsonl",
     )
 
 

@@ -10,9 +10,9 @@
     prompts.jsonl        first numbers to learn from by trial
     held_out.jsonl       other first numbers, to be judged by, each four times
 
-Demonstrations are imperfect on purpose: what nobody shows a model, the reward has to teach it. The base model knows more
-than it shows, as a large one does: asked for "even 8" it counts in even numbers, given "8" alone in any. A soft
-prompt changes no weight, so it can only bring out what is there. No prompt to learn from is one to be judged by.
+Demonstrations are imperfect on purpose: what nobody shows a model, the reward has to teach it. The base model
+knows more than it shows, as a large one does: asked for "even 8" it counts in even numbers, given "8" alone in
+any. A soft prompt changes no weight, so it can only bring out what is there. No prompt to learn from is one to be judged by.
 Everything is drawn from one seed.
 """
 
