@@ -244,8 +244,8 @@ def _check(n: int, multiple_of: int, noise: float, min_length: int, max_length: 
 # Command line ----------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The flags, each with its default."""
+def add_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The flags, each with its default; those of which exactly one is given are returned."""
     parser.add_argument(
         "--num-samples",
         "-n",
@@ -285,11 +285,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--increasing", "-i", action="store_true", help="each number greater than the last"
     )
     direction.add_argument("--decreasing", "-d", action="store_true", help="each number less than the last")
-    direction.add_argument(
-        "--stages",
-        action="store_true",
-        help="the files of all stages of docs/digits.md in place of the three",
-    )
     parser.add_argument(
         "--multiple-of",
         type=int,
@@ -298,23 +293,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files (default 0)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where to write them (default .)")
+    return direction
 
 
 def write(options: argparse.Namespace) -> dict[str, Path]:
-    """Write the files that the flags describe; the path of each split, or stage.
-
-    Raises:
-        InvalidConfigurationError: with ``--stages``, for a flag that says how the three files are drawn.
-    """
-    if options.stages:
-        from examples.digits_stages import write_stages
-
-        for name, default in DRAWING.items():
-            if getattr(options, name) != default:
-                raise InvalidConfigurationError(
-                    f"--{name.replace('_', '-')}: --stages draws its files as docs/digits.md says; leave it out"
-                )
-        return write_stages(options.folder, options.seed)
+    """Write the files that the flags describe; the path of each split."""
     return write_splits(
         options.folder,
         num_samples=options.num_samples,

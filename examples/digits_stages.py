@@ -12,8 +12,8 @@
 
 Demonstrations are imperfect on purpose: what nobody shows a model, the reward has to teach it. The base model
 knows more than it shows, as a large one does: asked for "even 8" it counts in even numbers, given "8" alone in
-any. A soft prompt changes no weight, so it can only bring out what is there. No prompt to learn from is one to be judged by.
-Everything is drawn from one seed.
+any. A soft prompt changes no weight, so it can only bring out what is there. No prompt to learn from is one to be
+judged by. Everything is drawn from one seed.
 """
 
 from __future__ import annotations
@@ -96,9 +96,8 @@ def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
 def stage_rows(seed: int) -> dict[str, list[dict[str, str]]]:
     """The rows of each file, by its name."""
     scored = [
-        {**row, "completion": row["completion"] or " "}  # an answer in a file has to be some text
-        for row in scored_rows(SCORED + SCORED_HELD_OUT, seed)
-    ]
+        row for row in scored_rows(SCORED + SCORED_HELD_OUT, seed) if row["completion"]
+    ]  # files want texts
     prompts, held_out = digit_prompt_splits(PROMPTS, HELD_OUT, seed)
     return {
         "base.jsonl": base_rows(BASE, seed),

@@ -40,7 +40,7 @@ from rewards.sequential_digits import digit_score
 from tools.fusing import fuse
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ModelConfig(hidden_size=16, num_attention_heads=2, num_layers=1, intermediate_size=32)
+TINY = ModelConfig(hidden_size=16, num_attention_heads=2, num_layers=1, intermediate_size=32, init_std=0.5)
 
 
 def commands_of_document() -> list[str]:
