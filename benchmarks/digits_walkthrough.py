@@ -23,150 +23,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from benchmarks.digits_commands import MODES, REWARDS, Step, beginning, ppo, scores, start_of, steps
 
 ROOT = Path(__file__).resolve().parent.parent
-#: The folder and the seed of the commands in the document.
-FOLDER, SEED = "runs/digits", 0
-REWARDS = {"true": "true score", "learned": "learned reward model"}
-
-
-class Step(NamedTuple):
-    """One line of the walk-through."""
-
-    name: str
-    command: str
-
-
-class Mode(NamedTuple):
-    """What trains, as flags of each stage."""
-
-    title: str
-    sft: str
-    reward_model: str
-    ppo: str
-
-
-MODES = {
-    "lora": Mode("LoRA", "--learning-rate 3e-3", "--learning-rate 3e-3", "--learning-rate 2e-3"),
-    "soft": Mode(
-        "soft prompt",
-        "--fine-tune-type soft_prompt --learning-rate 1e-2",
-        "--learning-rate 3e-3",  # a soft prompt makes a poor judge: 67 % of held-out pairs
-        "--fine-tune-type soft_prompt --learning-rate 5e-3",
-    ),
-    "full": Mode(
-        "every weight",
-        "--fine-tune-type full --learning-rate 1e-3",
-        "--fine-tune-type full --learning-rate 1.5e-3",
-        "--fine-tune-type full --learning-rate 1e-3",
-    ),
-}
-
-#: Name → (reward, flags that come after the walk-through's own and so replace them).
+#: What is switched off → flags that come after PPO's own and so replace them.
 ABLATIONS = {
-    "as it is": "",
     "no warm-up of the learning rate": "--warmup-steps 0",
     "no head start for the critic": "--value-warmup-steps 0",
-    "a critic as slow as the policy": "--value-learning-rate 1e-3",
+    "a critic no faster than the policy": "--value-learning-rate 1e-3",
     "advantages not whitened": "--no-whiten-advantages",
     "four passes over each batch": "--num-epochs-per-rollout 4",
     "no KL": "--kl-coef 0",
-    "adaptive KL from 0.2 to 6 nats": "--kl-coef 0.2 --kl-target 6",
 }
-
-# The commands --------------------------------------------------------------------------------------------
-
-
-def beginning(folder: str = FOLDER, seed: int = SEED) -> list[Step]:
-    """What all ways to train share: the data, and a small model from nothing."""
-    return [
-        Step("data", f"generate-digit-data --stages --folder {folder}/data --seed {seed}"),
-        Step(
-            "base",
-            f"sft --config examples/digits/base.toml --train-path {folder}/data/base.jsonl "
-            f"--output-dir {folder}/base --seed {seed}",
-        ),
-    ]
-
-
-def steps(mode: str, folder: str = FOLDER, seed: int = SEED) -> list[Step]:
-    """SFT, reward model, PPO against either reward, scores and answers."""
-    how, place = MODES[mode], f"{folder}/{mode}"
-    fused = [Step("fuse", f"fuse --adapter-path {place}/sft --save-path {place}/model")]
-    found = [
-        Step(
-            "sft",
-            f"sft --config examples/digits/sft.toml --model-name {folder}/base/model {how.sft} "
-            f"--train-path {folder}/data/sft.jsonl --output-dir {place}/sft --seed {seed}",
-        ),
-        _scores("sft", mode, folder),
-        *(fused if mode == "lora" else []),
-        Step(
-            "reward_model",
-            f"reward-model --config examples/digits/reward_model.toml --model-name {_start(mode, folder)} "
-            f"{how.reward_model} --train-path {folder}/data/preferences.jsonl "
-            f"--val-path {folder}/data/pairs_held_out.jsonl --output-dir {place}/reward_model --seed {seed}",
-        ),
-    ]
-    for reward in REWARDS:
-        found += [
-            ppo(mode, reward, folder, seed),
-            _scores(reward, mode, folder),
-            _answers(reward, mode, folder),
-        ]
-        if mode != "soft":
-            found.append(
-                Step(
-                    f"fuse {reward}",
-                    f"fuse --adapter-path {place}/{reward} --save-path {place}/{reward}/fused",
-                )
-            )
-    return found
-
-
-def ppo(mode: str, reward: str, folder: str = FOLDER, seed: int = SEED, output: str | None = None) -> Step:
-    """PPO from the SFT result; ``output``: another folder than the walk-through's."""
-    place = f"{folder}/{mode}"
-    name = "sequential_digits" if reward == "true" else f"learned:{place}/reward_model/final"
-    adapter = f"--adapter-path {place}/sft/final " if mode == "soft" else ""
-    return Step(
-        f"ppo {reward}",
-        f"train --config examples/digits/ppo.toml --model-name {_start(mode, folder)} {adapter}{MODES[mode].ppo} "
-        f"--train-path {folder}/data/prompts.jsonl --reward {name} --output-dir {output or f'{place}/{reward}'} "
-        f"--seed {seed}",
-    )
-
-
-def _start(mode: str, folder: str) -> str:
-    """What the stages after SFT begin from; a soft prompt stays beside its base."""
-    return {
-        "lora": f"{folder}/lora/model",
-        "soft": f"{folder}/base/model",
-        "full": f"{folder}/full/sft/model",
-    }[mode]
-
-
-def _scores(run: str, mode: str, folder: str, output: str | None = None) -> Step:
-    """The true score of a run's answers to held-out prompts, and what the learned reward thinks of them."""
-    place = f"{folder}/{mode}"
-    proxy = "" if run == "sft" else f" --reward learned:{place}/reward_model/final=0"
-    return Step(
-        f"scores {run}",
-        f"evaluate --config examples/digits/ppo.toml --checkpoint {output or f'{place}/{run}'} "
-        f"--val-path {folder}/data/held_out.jsonl --reward sequential_digits{proxy} --output-dir {place}/scores",
-    )
-
-
-def _answers(reward: str, mode: str, folder: str) -> Step:
-    place = f"{folder}/{mode}"
-    return Step(
-        f"answers {reward}",
-        f"generate --model {_start(mode, folder)} --adapter-path {place}/{reward} "
-        f"--prompts {folder}/data/held_out.jsonl --temperature 0 --max-tokens 32 "
-        f"--output {place}/{reward}/answers.jsonl",
-    )
-
 
 # Running them --------------------------------------------------------------------------------------------
 
@@ -283,10 +153,10 @@ def fresh_answers(mode: str, reward: str, folder: Path) -> dict[str, str]:
     answers = {row["prompt"]: [row["tokens"], row["completion"]] for row in written}
     final = str(place / "final")
     if mode == "soft":
-        ways = {"our loader": (BY_US, _start(mode, str(folder)), final)}
+        ways = {"our loader": (BY_US, start_of(mode, str(folder)), final)}
     else:
         ways = {
-            "mlx_lm.load with adapter_path": (BY_MLX_LM, _start(mode, str(folder)), final),
+            "mlx_lm.load with adapter_path": (BY_MLX_LM, start_of(mode, str(folder)), final),
             "mlx_lm.load of the fused model": (BY_MLX_LM, str(place / "fused"), None),
         }
     return {way: _agreement(answers, *how) for way, how in ways.items()}
@@ -318,7 +188,7 @@ def run_ablation(number: int, mode: str, reward: str, folder: Path, seed: int) -
 
     def work() -> dict[str, Any]:
         train = ppo(mode, reward, str(folder), seed, output=str(place))
-        judge = _scores(reward, mode, str(folder), output=str(place))
+        judge = scores(reward, mode, str(folder), output=str(place))
         judge = judge._replace(command=judge.command.replace(f"{folder}/{mode}/scores", str(place)))
         run_steps(
             [train._replace(command=f"{train.command} {flags}".strip()), judge], place.with_suffix(".log")
@@ -349,15 +219,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for mode in dict.fromkeys(one["mode"] for one in results):
         rows = [one for one in results if one["mode"] == mode]
         for reward, name in REWARDS.items():
-            scores = [one["scores"][reward] for one in rows]
+            reached = [one["scores"][reward] for one in rows]
             cells = [
                 MODES[mode].title,
                 spread([one["scores"]["sft"]["score"] for one in rows]),
                 spread([one["reward_model"] for one in rows]),
                 name,
-                f"**{statistics.mean(s['score'] for s in scores):.2f}**"
-                + spread([s["score"] for s in scores])[4:],
-                spread([s["kl"] for s in scores], 1),
+                f"**{statistics.mean(s['score'] for s in reached):.2f}**"
+                + spread([s["score"] for s in reached])[4:],
+                spread([s["kl"] for s in reached], 1),
                 f"{statistics.mean(sum(one['seconds'].values()) for one in rows):.0f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -373,7 +243,7 @@ def ablation_table(found: dict[str, list[dict[str, Any]]]) -> str:
             spread([row["kl"] for row in rows], 1),
             spread([row["proxy"] for row in rows]),
         ]
-        flags = f" (`{ABLATIONS[name]}`)" if ABLATIONS[name] else ""
+        flags = f" (`{ABLATIONS[name]}`)" if name in ABLATIONS else ""
         lines.append(f"| {name}{flags} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -402,7 +272,7 @@ def finished(out: Path, modes: Sequence[str], seeds: Iterable[int]) -> list[dict
 def finished_ablations(
     out: Path, mode: str, reward: str, seeds: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Choice → the scores that are there."""
+    """Choice → the scores that are there; the first row is that of the walk-through itself, with the same seeds."""
     found = {}
     for number, name in enumerate(ABLATIONS):
         files = [
@@ -411,7 +281,10 @@ def finished_ablations(
         rows = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         if rows:
             found[name] = rows
-    return found
+    if not found:
+        return {}
+    as_it_is = [one["scores"][reward] for one in finished(out, [mode], seeds)]
+    return {"as it is": as_it_is, **found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -424,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--ablations", choices=tuple(MODES), help="then switch off one choice at a time in this mode"
     )
     parser.add_argument("--ablation-reward", choices=tuple(REWARDS), default="learned")
+    parser.add_argument("--ablation-seeds", type=int, default=3, help="of how many seeds (default 3)")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables of what there is")
     options = parser.parse_args(arguments)
     seeds, out = range(options.seeds), options.out.absolute()
@@ -433,13 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_beginning(folder, seed)
             for mode in options.modes:
                 run_mode(mode, folder, seed)
-            for number in range(len(ABLATIONS) if options.ablations else 0):
-                run_ablation(number, options.ablations, options.ablation_reward, folder, seed)
+        for seed in range(options.ablation_seeds if options.ablations else 0):
+            for number in range(len(ABLATIONS)):
+                run_ablation(number, options.ablations, options.ablation_reward, out / f"seed-{seed}", seed)
     results = finished(out, options.modes, seeds)
     print(table(results), "", agreement(results), sep="\n")
     for mode in MODES:
         for reward in REWARDS:
-            if found := finished_ablations(out, mode, reward, seeds):
+            if found := finished_ablations(out, mode, reward, range(options.ablation_seeds)):
                 print("", f"{MODES[mode].title}, {REWARDS[reward]}:", "", ablation_table(found), sep="\n")
 
 

@@ -12,20 +12,16 @@ from typing import Any
 import pytest
 
 import main
+from benchmarks.digits_commands import MODES, REWARDS, beginning, ppo, steps
 from benchmarks.digits_walkthrough import (
     ABLATIONS,
-    MODES,
-    REWARDS,
     agreement,
-    beginning,
     fresh_answers,
     once,
-    ppo,
     run_beginning,
     run_mode,
     scores_of,
     spread,
-    steps,
     table,
 )
 from command_line.commands import COMMANDS
