@@ -31,7 +31,7 @@ MODES = {
         "soft prompt",
         "--fine-tune-type soft_prompt --learning-rate 1e-2",
         "--learning-rate 3e-3",  # a soft prompt makes a poor judge: 67 % of held-out pairs
-        "--fine-tune-type soft_prompt --learning-rate 5e-3",
+        "--fine-tune-type soft_prompt --learning-rate 1e-2",
     ),
     "full": Mode(
         "every weight",
