@@ -152,6 +152,7 @@ def fresh_answers(mode: str, reward: str, folder: Path) -> dict[str, str]:
     ]
     answers = {row["prompt"]: [row["tokens"], row["completion"]] for row in written}
     final = str(place / "final")
+    ways: dict[str, tuple[str, str, str | None]]
     if mode == "soft":
         ways = {"our loader": (BY_US, start_of(mode, str(folder)), final)}
     else:
