@@ -117,12 +117,13 @@ def run(task: str, algorithm: str, seed: int, output: Path) -> dict[str, Any]:
 def fine_tune(seed: int, output: Path) -> None:
     """The digit task's SFT model of this seed, made once for all rows."""
     import examples.sequential_digits as digits
+    from examples.digits_stages import imitation_rows
     from models.sft_model import load_language_model, save_language_model
     from training.sft_trainer import SFTTrainer
 
     config = digits.sft_config(digits.FULL, seed)
     trainer = SFTTrainer(load_language_model(config), config)
-    trainer.train(digits.imitation_rows(4000, seed))
+    trainer.train(imitation_rows(4000, seed))
     save_language_model(trainer.language_model, output / f"sft-{seed}")
 
 

@@ -45,6 +45,16 @@ NoiseAround = Literal["zero", "last"]
 
 SPLITS = ("train", "valid", "test")
 DIFFERENT_PROMPTS = 151  # 0, 2, …, 300
+#: How the three files are drawn unless flags say otherwise.
+DRAWING = {
+    "num_samples": 100,
+    "min_length": 5,
+    "max_length": 15,
+    "noise": 0.2,
+    "noise_around": "zero",
+    "largest_first": None,
+    "multiple_of": 1,
+}
 
 
 # Sequences -------------------------------------------------------------------------------------------
@@ -234,23 +244,32 @@ def _check(n: int, multiple_of: int, noise: float, min_length: int, max_length: 
 # Command line ----------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The flags, each with its default."""
+def add_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The flags, each with its default; those of which exactly one is given are returned."""
     parser.add_argument(
         "--num-samples",
         "-n",
         type=int,
-        default=100,
+        default=DRAWING["num_samples"],
         help="sequences in each of the three files (default 100)",
     )
     parser.add_argument(
-        "--min-length", type=int, default=5, help="fewest numbers after the first (default 5)"
+        "--min-length",
+        type=int,
+        default=DRAWING["min_length"],
+        help="fewest numbers after the first (default 5)",
     )
     parser.add_argument(
-        "--max-length", type=int, default=15, help="most numbers after the first (default 15)"
+        "--max-length",
+        type=int,
+        default=DRAWING["max_length"],
+        help="most numbers after the first (default 15)",
     )
     parser.add_argument(
-        "--noise", type=float, default=0.2, help="probability that a number is arbitrary (default 0.2)"
+        "--noise",
+        type=float,
+        default=DRAWING["noise"],
+        help="probability that a number is arbitrary (default 0.2)",
     )
     parser.add_argument(
         "--largest-first", type=int, help="the first number is at most this, before it is moved to a multiple"
@@ -258,7 +277,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-around",
         choices=("zero", "last"),
-        default="zero",
+        default=DRAWING["noise_around"],
         help="arbitrary numbers are drawn from -100 to 100 (zero, the default), or within 50 of the number before",
     )
     direction = parser.add_mutually_exclusive_group(required=True)
@@ -267,10 +286,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     direction.add_argument("--decreasing", "-d", action="store_true", help="each number less than the last")
     parser.add_argument(
-        "--multiple-of", type=int, default=1, help="what every number is a multiple of (default 1)"
+        "--multiple-of",
+        type=int,
+        default=DRAWING["multiple_of"],
+        help="what every number is a multiple of (default 1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files (default 0)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where to write them (default .)")
+    return direction
 
 
 def write(options: argparse.Namespace) -> dict[str, Path]:

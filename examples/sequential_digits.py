@@ -29,7 +29,8 @@ from config.errors import CheckpointError
 from config.model_config import ModelConfig
 from config.ppo_config import PPOConfig
 from config.supervised_config import RewardModelConfig, SFTConfig
-from examples.digits_data import digit_prompt_splits, generate_sequences, split_query
+from examples.digits_data import digit_prompt_splits
+from examples.digits_stages import imitation_rows, scored_rows
 from models.policy_model import PolicyModel
 from models.reward_model import RewardModel
 from models.sft_model import LanguageModel, load_language_model, save_language_model
@@ -39,7 +40,6 @@ from monitoring.plots import plot_training
 from monitoring.samples import before_after_table
 from monitoring.step_log import StepLog, StepProgress
 from ppo_trainer.ppo_trainer import PPOTrainer
-from rewards.sequential_digits import digit_score
 from training.reward_trainer import RewardTrainer
 from training.sft_trainer import SFTTrainer
 
@@ -122,38 +122,6 @@ def rl_config(algorithm: str, seed: int, output: Path) -> PPOConfig:
     if algorithm == "ppo":
         return shared.replace(lam=0.98, value_learning_rate=3e-3, value_warmup_steps=3)
     return shared
-
-
-def imitation_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Growing sequences of any parity, each as a prompt (its first number) and a completion."""
-    texts = generate_sequences(count, largest_first=300, min_length=5, max_length=6, seed=seed)
-    return [dict(zip(("prompt", "completion"), split_query(text), strict=True)) for text in texts]
-
-
-def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Noisy sequences of even numbers with the true score of their continuation, as text.
-
-    Answers of every length, the empty one included: what a reward model has not seen, a policy will find.
-    """
-    texts = generate_sequences(
-        count,
-        multiple_of=2,
-        noise=0.2,
-        noise_around="last",
-        largest_first=300,
-        min_length=1,
-        max_length=7,
-        seed=seed,
-    )
-    rows = []
-    for number, text in enumerate(texts):
-        prompt, completion = split_query(text)
-        if number % 25 == 0:
-            completion = ""
-        rows.append(
-            {"prompt": prompt, "completion": completion, "reward": str(digit_score(prompt, completion))}
-        )
-    return rows
 
 
 class Demo:

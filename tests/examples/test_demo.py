@@ -11,7 +11,8 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
-from examples.sequential_digits import FAST, Demo, imitation_rows, improved, scored_rows
+from examples.digits_stages import imitation_rows, scored_rows
+from examples.sequential_digits import FAST, Demo, improved
 from models.reward_model import RewardModel
 from monitoring.console import StageConsole
 from monitoring.metrics_file import read_metrics
