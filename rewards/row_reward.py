@@ -86,7 +86,12 @@ class Row:
 
     def tagged(self, tags: TagSet) -> str:
         """The completion, with the opening tag in front that its prompt ends with (as some templates have it)."""
-        return tags.think_start + self.completion if tags.opened_by(self.prompt) else self.completion
+        opened = tags.opened_by(str(self.columns.get("prompt_ending") or self.prompt))
+        return tags.think_start + self.completion if opened else self.completion
+
+    def answer(self, tags: TagSet, *, first: bool = False) -> str:
+        """What follows the thinking, as ``TagSet.after_thinking`` has it."""
+        return tags.after_thinking(self.tagged(tags), first=first)
 
 
 class RowReward(Declaration):

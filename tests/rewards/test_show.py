@@ -40,7 +40,9 @@ def test_what_is_shown_of_one() -> None:
 
 
 def test_trying_shows_the_score_and_why() -> None:
-    assert try_reward("jaccard", "", "<think>x</think>\nthe cat", answer="the cat sat").splitlines() == [
+    assert try_reward(
+        "jaccard", "", "<think>x</think>\nthe cat", columns={"answer": "the cat sat"}
+    ).splitlines() == [
         "jaccard = 0.666667",
         "  answer     'the cat'",
         "  reference  'the cat sat'",
@@ -65,7 +67,7 @@ def test_trying_rewards_of_ones_own(tmp_path: Path) -> None:
         "def noted(completions, log_extra):\n    log_extra('length', [len(t) for t in completions])\n"
         "    return [None]\n"
     )
-    said = try_reward(f"{file}:Graded", "p", "c", answer="a")
+    said = try_reward(f"{file}:Graded", "p", "c", columns={"answer": "a"})
     assert said.splitlines()[1:] == ["  reference  a"]
     assert said.splitlines()[0].endswith(" = 0.5")
     assert try_reward(f"{file}:noted", "p", "four") == "noted = (does not apply)\n  length  4"

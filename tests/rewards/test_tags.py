@@ -58,9 +58,11 @@ def test_the_whole_structure_is_what_the_anchored_pattern_finds() -> None:
         ("", None, "", None),
         ("just this", None, "just this", None),
         ("<think> a </think> b ", "a", "b", "a"),
-        ("<think>never closed", "never closed", "<think>never closed", None),
+        ("<think>never closed", "never closed", "", None),  # that is no answer
+        ("It is 3. <think>or 4", "or 4", "It is 3.", None),
+        ("<think>never closed <answer>b</answer>", "never closed <answer>b</answer>", "b", None),
         ("no start</think>b", None, "b", None),
-        ("</think><think>a", "a", "<think>a", None),
+        ("</think><think>a", "a", "", None),
         ("<think>a</think>b</think>c", "a", "c", "a"),
         ("<think>a<think>b</think>c", "a<think>b", "c", "a<think>b"),
         ("<think>a</think><answer>b</answer> tail", "a", "b", "a"),
