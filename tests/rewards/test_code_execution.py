@@ -39,6 +39,7 @@ def reward(sandboxed: None) -> CodeExecution:
         ("x = 1", "x = 1"),
         ("<think>```python\nx = 0\n```</think>\n```python\nx = 1\n```", "x = 1\n"),
         ("<think>x = 0</think>", ""),
+        ("<think>```python\nx = 0\n```", ""),  # thinking that is never closed
         ("   ```python\n  x = 1\n   ```", "  x = 1\n"),
         ("```python\n```", ""),
         ("", ""),
@@ -73,6 +74,18 @@ def test_the_score_is_three_tenths_and_seven_tenths_of_the_tests(reward: CodeExe
 def test_without_tests_it_is_enough_to_run(reward: CodeExecution) -> None:
     assert reward(["print(1)", "1 / 0", "def f(:", ""]) == [1.0, 0.3, 0.0, 0.0]
     assert reward(["print(1)", "1 / 0"], test_cases=[None, []]) == [1.0, 0.3]
+
+
+def test_tests_may_stand_in_the_rows_meta(reward: CodeExecution) -> None:
+    meta = {"test_cases": ["assert add(1, 2) == 3", "assert add(1, 2) == 4"]}
+    assert reward([ADD], meta=[meta]) == pytest.approx([0.65])
+
+
+def test_an_answer_of_nothing_is_no_program(reward: CodeExecution) -> None:
+    said = [[{"role": "assistant", "content": content}] for content in (None, "", [])]
+    assert reward([*said, [], None]) == [0.0] * 5
+    assert reward([[{"role": "assistant", "content": [{"type": "text", "text": "1 / 0"}]}]]) == [0.3]
+    assert reward(["print(1)", "4</think>print(1)"], prompts=["2 + 2? <think>"] * 2) == [0.0, 1.0]
 
 
 def test_stdin_and_stdout_are_compared(reward: CodeExecution) -> None:
@@ -111,6 +124,7 @@ def test_the_memory_and_time_limits_are_the_options(sandboxed: None) -> None:
         ({"timeout": -1}, "limit seconds is -1"),
         ({"memory_limit": "1G"}, "limit memory_mb is '1G'"),
         ({"allow_imports": "math"}, "allow_imports is 'math'"),
+        ({"allow_unsafe_code": "false"}, "allow_unsafe_code is 'false'"),
     ],
 )
 def test_an_option_out_of_range_is_named(options: dict[str, Any], says: str) -> None:

@@ -306,3 +306,14 @@ def test_conversations_and_services_as_trl_passes_them() -> None:
     assert scored.extra == {"length": [34, 2]}
     assert scored.measured == {"mean_length": 18.0}
     assert scored.rows([1]).extra == {"length": [2]}
+
+
+def test_what_an_entry_sets_no_column_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def up_to(completions, limit=5): return [float(limit)] * len(completions)\n"
+        "def all_of(completions, limit=5, **columns): return [float(limit)] * len(completions)\n"
+    )
+    for name in ("up_to", "all_of"):
+        rewards = RewardSet.build({"name": f"{file}:{name}", "config": {"limit": 3}})
+        assert rewards.score(["p"], ["c"], limit=[7]).total.tolist() == [3.0]

@@ -94,6 +94,17 @@ def test_a_prompt_that_opens_the_thinking() -> None:
     assert resolve("format").judge(Row("2 + 2?", row.completion)).score == -0.5  # type: ignore[attr-defined]
 
 
+def test_thinking_that_is_never_closed_is_no_answer_even_if_the_prompt_opened_it() -> None:
+    opened, unfinished = "2 + 2?\n<think>", "so it is 4"
+    for name in ("exact_match", "normalised_match", "math_verify", "rouge", "choice_correctness"):
+        config = {"contains": True} if name == "normalised_match" else {}
+        reward, answer = resolve({"name": name, "config": config}), "A" if "choice" in name else "4"
+        text = unfinished.replace("4", answer)
+        assert reward(prompts=[opened], completions=[text], answer=[answer]) == [0.0], name
+        [given] = reward(prompts=[opened], completions=[f"hm</think>{answer}"], answer=[answer])
+        assert given == 1.0, name
+
+
 def test_what_names_a_tag_set() -> None:
     assert as_tag_set("reasoning") == TagSet("<reasoning>", "</reasoning>", "<answer>", "</answer>")
     own = as_tag_set({"think_start": "[T]", "think_end": "[/T]", "answer_start": "", "answer_end": ""})
