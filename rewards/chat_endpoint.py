@@ -9,7 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -48,15 +48,19 @@ class ChatEndpoint:
     backoff: float = 1.0
     timeout: float = 60.0
 
-    def ask(self, body: Mapping[str, Any], read: Callable[[str], T]) -> T:
+    def ask(
+        self, body: Mapping[str, Any], read: Callable[[str], T], over: threading.Event | None = None
+    ) -> T:
         """What ``read`` makes of the reply's text; a ``ValueError`` of it is a failed try.
 
         Args:
             body: of the request to ``/chat/completions``.
+            over: once it is set, no further try is made.
         Raises:
             NoAnswerError: no try worked, or the server refused for good.
         """
         headers, problem = self._headers(), ""
+        over = over or threading.Event()
         for attempt in range(self.retries + 1):
             pause = self.backoff * 2**attempt
             try:
@@ -69,8 +73,8 @@ class ChatEndpoint:
             # No connection, one that broke off, a time limit, a reply that cannot be read.
             except (OSError, ValueError, http.client.HTTPException) as error:
                 problem = f"{type(error).__name__}: {error}".strip()
-            if attempt < self.retries:
-                time.sleep(min(pause, LONGEST_WAIT))
+            if attempt < self.retries and over.wait(min(pause, LONGEST_WAIT)):
+                break
         raise NoAnswerError(attempt + 1, problem)
 
     def _headers(self) -> dict[str, str]:

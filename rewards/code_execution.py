@@ -43,7 +43,9 @@ def extract_code(text: str) -> str:
     >>> extract_code("def f():\\n    return 1")
     'def f():\\n    return 1'
     """
-    text = text.rpartition("</think>")[2].partition("<think>")[0]  # thinking that is never closed is no answer
+    text = text.rpartition("</think>")[2].partition("<think>")[
+        0
+    ]  # thinking that is never closed is no answer
     last: str | None = None
     block: list[str] = []
     fence = ""

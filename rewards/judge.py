@@ -100,12 +100,21 @@ class Judge(RowReward):
         size = self.rows_per_request
         requests = [unknown[start : start + size] for start in range(0, len(unknown), size)]
         pool = ThreadPoolExecutor(min(self.concurrency, max(len(requests), 1)), "judge")
+        over = threading.Event()
+
+        def ask(numbers: list[int]) -> None:
+            for number, score in zip(
+                numbers, self._ask([rows[i] for i in numbers], numbers, over), strict=True
+            ):
+                cache.put(
+                    keys[number], score
+                )  # what has been paid for is kept, whatever becomes of the others
+
         try:
-            asked = [pool.submit(self._ask, [rows[i] for i in numbers], numbers) for numbers in requests]
-            for numbers, future in zip(requests, asked, strict=True):
-                for number, score in zip(numbers, future.result(), strict=True):
-                    cache.put(keys[number], score)  # what has been paid for is kept, whatever comes after
+            for future in [pool.submit(ask, numbers) for numbers in requests]:
+                future.result()
         finally:
+            over.set()  # no further tries: the process could not end before them
             pool.shutdown(wait=False, cancel_futures=True)
         scores = [cache.get(key) for key in keys]
         span = self.highest - self.lowest
@@ -116,11 +125,11 @@ class Judge(RowReward):
 
     # -- One request ----------------------------------------------------------------------------------
 
-    def _ask(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[float]:
+    def _ask(self, rows: Sequence[Row], numbers: Sequence[int], over: threading.Event) -> list[float]:
         """The scores of some rows, after as many tries as it takes and is allowed."""
         endpoint = ChatEndpoint(self.url, self.api_key_env, self.retries, self.backoff, self.timeout)
         try:
-            return endpoint.ask(self._body(rows), lambda reply: self._scores_in(reply, len(rows)))
+            return endpoint.ask(self._body(rows), lambda reply: self._scores_in(reply, len(rows)), over)
         except NoAnswerError as error:
             raise RewardError(
                 f"judge: {self.url} gave no score for row {numbers[0]} {error}; check url, model and the key in "

@@ -201,7 +201,9 @@ def _load_file(name: str) -> ModuleType:
         path = Path(name).expanduser().resolve()
         found = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, no path at all, the home of nobody
-        raise InvalidConfigurationError(f"The reward file {name!r:.200} cannot be looked for ({error}).") from error
+        raise InvalidConfigurationError(
+            f"The reward file {name!r:.200} cannot be looked for ({error})."
+        ) from error
     if not found:
         raise InvalidConfigurationError(f"The reward file {name!r} does not exist (looked for {path}).")
     # One file is one module, however often and under whichever spelling it is named. The hash keeps two

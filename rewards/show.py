@@ -97,7 +97,11 @@ def try_reward(
 
 
 def _label(reward: Any, name: str) -> str:
-    return own_name(name) if hasattr(reward, "compute") or hasattr(reward, "inner") else unique_names([reward])[0]
+    return (
+        own_name(name)
+        if hasattr(reward, "compute") or hasattr(reward, "inner")
+        else unique_names([reward])[0]
+    )
 
 
 def _telling(reward: Any, row: Row, why: dict[str, Any]) -> Callable[..., Any]:

@@ -148,9 +148,7 @@ def test_conversations_reach_rewards_as_messages() -> None:
 
 def test_a_template_that_opens_the_thinking_is_seen() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
     wrapped = TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
     prompt = prepare_prompt(wrapped, 0, {"prompt": [{"role": "user", "content": "2 + 2?"}]}, "row 0")
     assert prompt.text == "2 + 2?"
@@ -161,9 +159,14 @@ def test_a_template_that_opens_the_thinking_is_seen() -> None:
 
 @pytest.mark.parametrize(
     ("entry", "sentence"),
-    [({"config": {"scale": 2}}, r"learned model, which takes no config \(scale\)"), ({"wieght": 2}, "'wieght'")],
+    [
+        ({"config": {"scale": 2}}, r"learned model, which takes no config \(scale\)"),
+        ({"wieght": 2}, "'wieght'"),
+    ],
 )
-def test_an_entry_for_a_learned_reward_is_read_like_any_other(entry: Any, sentence: str, tmp_path: Path) -> None:
+def test_an_entry_for_a_learned_reward_is_read_like_any_other(
+    entry: Any, sentence: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     for name in (f"learned:{tmp_path}", str(tmp_path)):
         assert len(build_rewards({"name": name, "weight": 0.5}, PPOConfig())) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from config.errors import InvalidConfigurationError, RewardError
 from rewards import judge as judge_module
+from rewards.composition import RewardSet
 from rewards.registry import resolve
 
 Answer = tuple[int, dict[str, str], str]
@@ -162,15 +164,15 @@ def test_a_key_that_cannot_be_sent_is_not_quoted(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(RewardError, match="the key in OPENAI_API_KEY has characters that no header") as caught:
+    with pytest.raises(
+        RewardError, match="the key in OPENAI_API_KEY has characters that no header"
+    ) as caught:
         judge(endpoint)(prompts=["p"], completions=["a"])
     assert "sk-sec" not in str(caught.value)
     assert not endpoint.requests
 
 
-def test_a_redirect_is_not_followed_with_the_key(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_redirect_is_not_followed_with_the_key(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     elsewhere = endpoint.url.replace("127.0.0.1", "localhost") + "/elsewhere"
     endpoint.answer = lambda body, number: (302, {"Location": elsewhere}, "")
@@ -207,6 +209,37 @@ def test_what_does_not_pass_ends_with_the_row(endpoint: Endpoint, status: int, t
     asked = len(endpoint.requests)
     assert reward(prompts=["p"], completions=["good"]) == [0.1]  # what was paid for is kept
     assert len(endpoint.requests) == asked
+
+
+def test_what_was_paid_for_is_kept_though_a_row_before_it_fails(endpoint: Endpoint) -> None:
+    answered = threading.Event()
+
+    def answer(body: dict[str, Any], number: int) -> Answer:
+        if "bad" in body["messages"][1]["content"]:
+            answered.wait(20)
+            return 404, {}, ""
+        return 200, {}, '{"scores": [1]}'
+
+    endpoint.answer = answer
+    kept = judge_module._cache(None)
+    put = kept.put
+    kept.put = lambda key, score: (put(key, score), answered.set())  # type: ignore[method-assign, assignment]
+    with pytest.raises(RewardError, match="row 0"):
+        judge(endpoint, concurrency=2)(prompts=["p"] * 2, completions=["bad", "better"])
+    asked = len(endpoint.requests)
+    assert judge(endpoint)(prompts=["p"], completions=["better"]) == [0.1]
+    assert len(endpoint.requests) == asked
+
+
+def test_a_judge_whose_time_is_up_makes_no_further_tries(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda body, number: (503, {}, "")
+    rewards = RewardSet([judge(endpoint, backoff=30.0)], timeout=0.3)
+    with pytest.raises(RewardError, match="took longer than reward_timeout"):
+        rewards.score(["p"], ["c"])
+    end = time.monotonic() + 20
+    while any(thread.name.startswith("judge") for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_no_server_is_said() -> None:

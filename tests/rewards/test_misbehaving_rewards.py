@@ -159,7 +159,7 @@ async def gives_up(completions: list[str]) -> list[float]:
 
 
 def test_a_time_limit_of_the_rewards_own_is_not_ours() -> None:
-    with pytest.raises(RewardError, match="raised TimeoutError: no server .* It fails on row 1 alone"):
+    with pytest.raises(RewardError, match=r"raised TimeoutError: no server .* It fails on row 1 alone"):
         score(gives_up, timeout=60.0)
     np.testing.assert_array_equal(score(gives_up, timeout=60.0, on_error="skip").total, [1, np.nan, 1])
 

@@ -201,8 +201,8 @@ def test_shared_memory_of_others_is_not_attached_by_guessing_its_number(wall: Ba
     libc.shmat.restype = ctypes.c_void_p
     number = libc.shmget(0, 4096, 0o1666)
     assert number >= 0
+    address = libc.shmat(number, None, 0)
     try:
-        address = libc.shmat(number, None, 0)
         ctypes.memmove(address, b"canary\0", 7)
         attach = (
             f"{CTYPES}libc.shmat.restype = ctypes.c_void_p\n"
