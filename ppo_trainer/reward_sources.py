@@ -57,9 +57,12 @@ def _resolved(part: Any, base: LanguageModel | None) -> Any:
 
 def _is_learned(name: str) -> bool:
     """Whether this is the path of a folder that holds a reward model."""
+    return _holds_model(_path(name))
+
+
+def _holds_model(folder: Path) -> bool:
     try:
-        folder = _path(name)
-        return (folder / SETTINGS).is_file() or (folder.is_dir() and is_classifier(folder))
+        return (folder / SETTINGS).is_file() or is_classifier(folder)
     except OSError:  # too long for a path
         return False
 
@@ -73,9 +76,9 @@ def _path(name: str) -> Path:
 
 
 def _by_name_only(folder: Path) -> Callable[..., list[float]]:
-    if not (folder / SETTINGS).is_file() and not is_classifier(folder):
+    if not _holds_model(folder):
         raise ModelLoadError(
-            f'reward: "{LEARNED}{folder}" is no folder of a reward model; expected is one that RewardModel.save wrote '
+            f'reward: "{LEARNED}{str(folder)[:200]}" is no folder of a reward model; expected is one that RewardModel.save wrote '
             f"({SETTINGS}), or a checkpoint of an architecture …ForSequenceClassification (config.json)"
         )
 

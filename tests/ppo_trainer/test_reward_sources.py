@@ -148,7 +148,7 @@ def test_conversations_reach_rewards_as_messages() -> None:
 
 def test_a_template_that_opens_the_thinking_is_seen() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<think>\n"
     wrapped = TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
     prompt = prepare_prompt(wrapped, 0, {"prompt": [{"role": "user", "content": "2 + 2?"}]}, "row 0")
     assert prompt.text == "2 + 2?"
