@@ -78,8 +78,9 @@ def _path(name: str) -> Path:
 def _by_name_only(folder: Path) -> Callable[..., list[float]]:
     if not _holds_model(folder):
         raise ModelLoadError(
-            f'reward: "{LEARNED}{str(folder)[:200]}" is no folder of a reward model; expected is one that RewardModel.save wrote '
-            f"({SETTINGS}), or a checkpoint of an architecture …ForSequenceClassification (config.json)"
+            f'reward: "{LEARNED}{str(folder)[:200]}" is no folder of a reward model; expected is one that '
+            f"RewardModel.save wrote ({SETTINGS}), or a checkpoint of an architecture …ForSequenceClassification "
+            "(config.json)"
         )
 
     def reward_model(completions: list[Any]) -> list[float]:

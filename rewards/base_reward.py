@@ -21,7 +21,7 @@ from typing import Any
 
 from config.errors import RewardError
 from rewards.context import RewardContext
-from rewards.row_reward import META_COLUMNS, REFERENCE_COLUMNS, Row, rows_of
+from rewards.row_reward import META_COLUMNS, REFERENCE_COLUMNS, Row, as_mapping, rows_of
 
 _GIVEN = ("prompt_ids", "prompt_ending", "completion_ids", "terminated", "trainer_state")
 _NOT_METADATA = (*META_COLUMNS, "test_cases", *_GIVEN)
@@ -93,9 +93,7 @@ def context_of(row: Row) -> RewardContext:
     """A row as classes are told about it."""
     metadata = {k: v for k, v in row.columns.items() if k not in (*_NOT_METADATA, *REFERENCE_COLUMNS)}
     for column in META_COLUMNS:
-        meta = row.columns.get(column)
-        if isinstance(meta, Mapping):
-            metadata |= meta
+        metadata |= as_mapping(row.columns.get(column))
     tests = row.field("test_cases") or ()
     state = row.columns.get("trainer_state")
     return RewardContext(

@@ -64,13 +64,8 @@ class Row:
         if self.columns.get(name) is not None:
             return self.columns[name]
         for column in META_COLUMNS:
-            meta = self.columns.get(column)
-            if isinstance(meta, str) and meta.lstrip().startswith("{"):  # as a table of strings keeps it
-                try:
-                    meta = json.loads(meta)
-                except (ValueError, RecursionError):
-                    continue
-            if isinstance(meta, Mapping) and meta.get(name) is not None:
+            meta = as_mapping(self.columns.get(column))
+            if meta.get(name) is not None:
                 return meta[name]
         return default
 
@@ -146,6 +141,16 @@ def rows_of(
         }
         prompt = prompt_text_of(prompts[number]) if prompts is not None and number < len(prompts) else ""
         yield Row(prompt, text_of(completion), own)
+
+
+def as_mapping(meta: Any) -> Mapping[str, Any]:
+    """The fields in a column ``meta``, which a table of strings keeps as JSON; none where it is something else."""
+    if isinstance(meta, str) and meta.lstrip().startswith("{"):
+        try:
+            meta = json.loads(meta)
+        except (ValueError, RecursionError):
+            return {}
+    return meta if isinstance(meta, Mapping) else {}
 
 
 def not_applicable(reason: str) -> Judgement:
