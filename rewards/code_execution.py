@@ -18,7 +18,8 @@ A model can cheat in the ways that ``grading`` lists, none of them by printing o
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,9 +28,10 @@ from rewards.registry import register
 from rewards.row_reward import rows_of
 from rewards.sandbox.choice import proven_backend
 from rewards.sandbox.grading import Case, read_cases, run_case
-from rewards.sandbox.limits import Limits
+from rewards.sandbox.limits import Limits, Result
 from rewards.sandbox.runner import run_program
 from rewards.tags import PRESETS
+from rewards.text_utils import shortened
 
 FOR_RUNNING = 0.3
 _PYTHON = ("", "python", "python3", "py", "py3")
@@ -124,30 +126,50 @@ class CodeExecution:
         completions: Sequence[Any],
         test_cases: Sequence[Any] | None = None,
         prompts: Sequence[Any] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> list[float]:
         """One score per completion; ``test_cases`` is one list of cases per completion."""
         rows = list(rows_of(prompts, completions, {"test_cases": test_cases, **columns}))
         cases = [read_cases(row.field("test_cases"), number) for number, row in enumerate(rows)]
         programs = [extract_code(row.tagged(PRESETS["think-only"])) for row in rows]
+        over = threading.Event()
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(self._score, programs, cases))
+            try:
+                judged = list(pool.map(lambda *row: self._judge(*row, over), programs, cases))
+            finally:
+                over.set()  # out of time, or interrupted: no further test is begun
+        if log_extra is not None:
+            log_extra(f"{self.reward_name} log", [why for _, why in judged])
+        return [score for score, _ in judged]
 
-    def _score(self, code: str, cases: Sequence[Case]) -> float:
+    def _judge(self, code: str, cases: Sequence[Case], over: threading.Event) -> tuple[float, str]:
+        """The score of a program, and in a line what it is made of."""
         if not code:
-            return 0.0
+            return 0.0, "no program"
         if not cases:
             result = run_program(code, "", self.limits, self.backend, imports=self.imports)
-            if result.status == "syntax_error":
-                return 0.0
-            return 1.0 if result.status == "ok" else FOR_RUNNING
-        passed = 0
-        for case in cases:
+            score = {"syntax_error": 0.0, "ok": 1.0}.get(result.status, FOR_RUNNING)
+            return score, f"no tests; {_told(result)}"
+        passed, failed = 0, ""
+        for number, case in enumerate(cases):
+            if over.is_set():
+                break
             good, result = run_case(code, case, self.limits, self.backend, self.imports)
             if result.status == "syntax_error":
-                return 0.0
+                return 0.0, result.status
             passed += good
-        return FOR_RUNNING + (1 - FOR_RUNNING) * passed / len(cases)
+            failed = failed or ("" if good else f"; test {number}: {_told(result)}")
+        return (
+            FOR_RUNNING + (1 - FOR_RUNNING) * passed / len(cases),
+            f"{passed} of {len(cases)} tests{failed}",
+        )
+
+
+def _told(result: Result) -> str:
+    """How a program ended, with the last line that it wrote to stderr."""
+    last = (result.stderr.strip().splitlines() or [""])[-1]
+    return f"{result.status} {shortened(last)}" if last else result.status
 
 
 def _cores() -> int:

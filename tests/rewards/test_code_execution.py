@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
 
-from config.errors import InvalidConfigurationError
+from config.errors import InvalidConfigurationError, RewardError
 from rewards.code_execution import CodeExecution, extract_code
 from rewards.composition import RewardSet
 from rewards.sandbox.choice import proven_backend
+from rewards.show import try_reward
 
 ADD = "def add(a, b):\n    return a + b\n"
 
@@ -79,6 +82,32 @@ def test_without_tests_it_is_enough_to_run(reward: CodeExecution) -> None:
 def test_tests_may_stand_in_the_rows_meta(reward: CodeExecution) -> None:
     meta = {"test_cases": ["assert add(1, 2) == 3", "assert add(1, 2) == 4"]}
     assert reward([ADD], meta=[meta]) == pytest.approx([0.65])
+
+
+def test_the_log_says_what_a_score_is_made_of(sandboxed: None) -> None:
+    rewards = RewardSet.build("code_execution")
+    programs = [ADD, "def add(:", "", "print(1)", "def add(a, b): return 1 / 0"]
+    tests: list[Any] = [["assert add(1, 2) == 3", "assert add(1, 2) == 4"]] * 3 + [
+        None,
+        "assert add(1, 2) == 3",
+    ]
+    scored = rewards.score([""] * 5, programs, test_cases=tests)
+    told = list((scored.extra or {})["code_execution log"])
+    assert told[0] == "1 of 2 tests; test 1: error 'an assertion does not hold'"
+    assert told[1:4] == ["syntax_error", "no program", "no tests; ok"]
+    assert told[4] == "0 of 1 tests; test 0: error 'ZeroDivisionError: division by zero'"
+    assert "1 of 2 tests" in try_reward("code_execution", "", ADD, columns={"test_cases": tests[0]})
+
+
+def test_out_of_time_no_further_test_is_begun(sandboxed: None) -> None:
+    reward = CodeExecution(timeout=0.2, num_workers=1)
+    rewards = RewardSet([reward], timeout=0.5)
+    with pytest.raises(RewardError, match="took longer than reward_timeout"):
+        rewards.score([""], ["while True: pass"], test_cases=[["assert True"] * 200])
+    end = time.monotonic() + 10  # of 40 s and more that all tests would take
+    while any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_an_answer_of_nothing_is_no_program(reward: CodeExecution) -> None:
