@@ -20,6 +20,7 @@ from data_loading.messages import has_half_characters
 from data_loading.schemas import RESERVED_COLUMNS
 from experience_buffer.data_structures import Prompt
 
+_ENDING = 32  # tokens: enough for the tag with which a template opens the thinking
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 _CHATML = (
@@ -228,7 +229,8 @@ def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str
         raise DataLoadError(f"{place}: {error}") from error
     if not ids:
         raise DataLoadError(f"{place}: the tokenizer makes nothing of the text {text!r:.40}")
-    return Prompt(index=index, text=text, ids=tuple(ids), columns=columns, messages=messages)
+    ending = "" if messages is None else tokenizer.decode(ids[-_ENDING:])
+    return Prompt(index, text, tuple(ids), columns, messages, ending)
 
 
 def _from_ids(tokenizer: TokenizerWrapper, index: int, row: Mapping[str, Any], place: str) -> Prompt:

@@ -10,6 +10,8 @@ from command_line.parsing import Command, Parser, one_of
 from config.errors import InvalidConfigurationError
 
 ACTIONS = ("list", "show", "try")
+#: What rewards are given whatever the row has.
+GIVEN = frozenset(("self", "prompts", "completions", "log_extra", "log_metric", "trainer_state"))
 
 
 def _options(parser: Parser) -> None:
@@ -18,9 +20,7 @@ def _options(parser: Parser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="a reward, by any of its names")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what was asked")
     parser.add_argument("--completion", metavar="TEXT", help="what the model answered")
-    parser.add_argument(
-        "--answer", metavar="TEXT", help="the reference answer, as the column answer and completion"
-    )
+    parser.add_argument("--answer", metavar="TEXT", help="the reference answer, as the column answer")
     parser.add_argument(
         "--column",
         action="append",
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
             options.prompt,
             options.completion,
             _settings(options.reward_config),
-            **_columns(options),
+            _columns(options),
         )
     )
     return 0
@@ -78,6 +78,10 @@ def _columns(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = one.partition("=")
         if not equals or not name:
             raise InvalidConfigurationError(f"--column: NAME=VALUE is expected, found {one!r}")
+        if name in GIVEN:
+            raise InvalidConfigurationError(
+                f"--column: {name!r} is something that rewards are given anyway; name the column otherwise"
+            )
         try:
             columns[name] = json.loads(value)
         except ValueError:

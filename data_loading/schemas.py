@@ -30,6 +30,7 @@ RESERVED_COLUMNS = frozenset(
         "prompts",
         "completions",
         "prompt_ids",
+        "prompt_ending",
         "completion_ids",
         "terminated",
         "log_extra",

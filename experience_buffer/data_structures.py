@@ -25,6 +25,7 @@ class Prompt:
     ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)  # further fields of its row, for rewards
     messages: tuple[Mapping[str, Any], ...] | None = None  # of a prompt that is a conversation
+    ending: str = ""  # of a conversation: the last of what the policy reads, as the chat template leaves it
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def score_rollouts(rewards: RewardSet, rollouts: Sequence[Rollout]) -> ScoredBat
         key: [r.prompt.columns.get(key) for r in rollouts]
         for key in dict.fromkeys(k for r in rollouts for k in r.prompt.columns)
     }
+    if any(r.prompt.ending for r in rollouts):  # a template may open the thinking
+        columns["prompt_ending"] = [r.prompt.ending for r in rollouts]
     return rewards.score(
         [r.prompt.text if r.prompt.messages is None else list(r.prompt.messages) for r in rollouts],
         [

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from config.errors import ModelLoadError
+from config.errors import InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
 from models.reward_model import SETTINGS, RewardModel
 from models.sequence_classifier import SequenceClassifier, is_classifier
 from models.sft_model import LanguageModel
 from rewards.composition import RewardSet
-from rewards.registry import resolve
+from rewards.registry import entry_of, resolve
 
 LEARNED = "learned:"
 
@@ -41,9 +41,14 @@ def build_rewards(spec: Any, config: PPOConfig, base: LanguageModel | None = Non
 
 def _resolved(part: Any, base: LanguageModel | None) -> Any:
     """One reward; a learned one is loaded, and made to read the policy's tokens where it has the same vocabulary."""
-    name = part.get("name") if isinstance(part, Mapping) else part
+    name, settings = entry_of(part) if isinstance(part, Mapping) else (part, {})
     if isinstance(name, str) and (name.startswith(LEARNED) or _is_learned(name)):
-        folder = Path(name.removeprefix(LEARNED)).expanduser()
+        if settings:
+            raise InvalidConfigurationError(
+                f"The reward {name!r} is a learned model, which takes no config ({', '.join(map(str, settings))}); "
+                "leave that out."
+            )
+        folder = _path(name.removeprefix(LEARNED))
         part = _by_name_only(folder) if base is None else _load(folder, base)
     if isinstance(part, RewardModel) and base is not None:
         return part.for_tokenizer(base.tokenizer)
@@ -52,15 +57,30 @@ def _resolved(part: Any, base: LanguageModel | None) -> Any:
 
 def _is_learned(name: str) -> bool:
     """Whether this is the path of a folder that holds a reward model."""
-    folder = Path(name).expanduser()
-    return (folder / SETTINGS).is_file() or (folder.is_dir() and is_classifier(folder))
+    return _holds_model(_path(name))
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        return (folder / SETTINGS).is_file() or is_classifier(folder)
+    except OSError:  # too long for a path
+        return False
+
+
+def _path(name: str) -> Path:
+    """The folder of that name; ``~`` is the home of who runs this, ``~nobody-here/x`` a folder called so."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def _by_name_only(folder: Path) -> Callable[..., list[float]]:
-    if not (folder / SETTINGS).is_file() and not is_classifier(folder):
+    if not _holds_model(folder):
         raise ModelLoadError(
-            f'reward: "{LEARNED}{folder}" is no folder of a reward model; expected is one that RewardModel.save wrote '
-            f"({SETTINGS}), or a checkpoint of an architecture …ForSequenceClassification (config.json)"
+            f'reward: "{LEARNED}{str(folder)[:200]}" is no folder of a reward model; expected is one that '
+            f"RewardModel.save wrote ({SETTINGS}), or a checkpoint of an architecture …ForSequenceClassification "
+            "(config.json)"
         )
 
     def reward_model(completions: list[Any]) -> list[float]:

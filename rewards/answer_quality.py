@@ -70,7 +70,7 @@ class AnswerQuality(RowReward):
 
     def judge(self, row: Row) -> Judgement:
         """Score one completion."""
-        answer = self.tags.after_thinking(row.completion, first=True)
+        answer = row.answer(self.tags, first=True)
         if len(row.completion.strip()) < 10 or len(answer) < 5:
             return Judgement(0.0, {"too short": quoted(answer)})
         banned, phrases = phrases_in(answer, self.banned), phrases_in(answer, self.phrases)

@@ -21,9 +21,10 @@ from typing import Any
 
 from config.errors import RewardError
 from rewards.context import RewardContext
-from rewards.row_reward import META_COLUMNS, REFERENCE_COLUMNS, Row, rows_of
+from rewards.row_reward import META_COLUMNS, REFERENCE_COLUMNS, Row, as_mapping, rows_of
 
-_NOT_METADATA = (*META_COLUMNS, "test_cases", "prompt_ids", "completion_ids", "terminated", "trainer_state")
+_GIVEN = ("prompt_ids", "prompt_ending", "completion_ids", "terminated", "trainer_state")
+_NOT_METADATA = (*META_COLUMNS, "test_cases", *_GIVEN)
 
 
 class ComputeReward:
@@ -44,7 +45,7 @@ class ComputeReward:
         columns.pop("log_metric", None)
         scores, logs = [], []
         for number, row in enumerate(rows_of(prompts, completions, columns)):
-            score, log = _reward_in(self.inner.compute(context_of(row)), number)
+            score, log = reward_in(self.inner.compute(context_of(row)), number)
             scores.append(score)
             logs.append(log)
         if log_extra is not None and any(log is not None for log in logs):
@@ -92,9 +93,7 @@ def context_of(row: Row) -> RewardContext:
     """A row as classes are told about it."""
     metadata = {k: v for k, v in row.columns.items() if k not in (*_NOT_METADATA, *REFERENCE_COLUMNS)}
     for column in META_COLUMNS:
-        meta = row.columns.get(column)
-        if isinstance(meta, Mapping):
-            metadata |= meta
+        metadata |= as_mapping(row.columns.get(column))
     tests = row.field("test_cases") or ()
     state = row.columns.get("trainer_state")
     return RewardContext(
@@ -107,7 +106,8 @@ def context_of(row: Row) -> RewardContext:
     )
 
 
-def _reward_in(returned: Any, number: int) -> tuple[Any, Any]:
+def reward_in(returned: Any, number: int) -> tuple[Any, Any]:
+    """The reward and the log in what ``compute`` returned for row ``number``."""
     if not isinstance(returned, Mapping):
         return returned, None
     if "reward" not in returned:

@@ -9,9 +9,11 @@ reports a number, ``trainer_state.global_step`` is the step of the run.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import os
 import sysconfig
+import time
 import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +78,7 @@ class Caller:
     ) -> None:
         self.offered = offered
         self.rows = heard.rows
+        self.state = state
         self.services = {
             "log_extra": heard.log_extra,
             "log_metric": heard.log_metric,
@@ -112,9 +115,11 @@ class Caller:
             key: [values[row]] if isinstance(values, (list, tuple)) else values
             for key, values in self.offered.items()
         }
-        said = self._call(name, reward, alone)
+        # What it logs has one entry now, and is not kept beside what it logs of the batch.
+        caller = Caller(alone, Heard(1), self.state, self.timeout)
+        said = caller._call(name, reward, alone)
         if inspect.isawaitable(said):
-            said = self._wait_for_all({name: said})[0]
+            said = caller._wait_for_all({name: said})[0]
         return said
 
     def _call(self, name: str, reward: Reward, offered: Mapping[str, Any]) -> Any:
@@ -131,6 +136,8 @@ class Caller:
     def _accepted(self, name: str, reward: Reward, offered: Mapping[str, Any]) -> dict[str, Any]:
         """The part of what there is that the signature of ``reward`` asks for."""
         everything = {**offered, **self.services}
+        if isinstance(reward, functools.partial):  # what its config sets, no column of that name replaces
+            everything = {key: value for key, value in everything.items() if key not in reward.keywords}
         try:
             parameters = list(inspect.signature(reward).parameters.values())
         except (TypeError, ValueError):  # some C functions have no signature: let them have everything
@@ -155,11 +162,12 @@ class Caller:
 
     def _wait_for_all(self, waiting: Mapping[str, Awaitable[Any]]) -> list[Any]:
         async def one(name: str, answer: Awaitable[Any]) -> Any:
+            begin = time.monotonic()
             try:
                 return await asyncio.wait_for(answer, self.timeout)
-            except TimeoutError as error:
-                # Of the limit, or one that the reward raised itself before it?
-                return self._timed_out(name) if self.timeout is not None else self._failed(name, error)
+            except TimeoutError as error:  # of the limit, or one that the reward raised itself before it
+                over = self.timeout is not None and time.monotonic() - begin >= self.timeout
+                return self._timed_out(name) if over else self._failed(name, error)
             except (Exception, SystemExit) as error:
                 return self._failed(name, error)
 

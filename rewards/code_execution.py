@@ -8,7 +8,8 @@
 
 The code is the last block between ``` fences that is marked as Python or not at all, after the last ``</think>``;
 an answer without fences is taken as code as it stands. Test cases come in the column ``test_cases``, one list per
-row, in the forms of ``rewards/sandbox/grading.py``. Each of them runs the program anew.
+row, or in that field of the row's ``meta``, in the forms of ``rewards/sandbox/grading.py``. Each of them runs the
+program anew.
 
 A model can cheat in the ways that ``grading`` lists, none of them by printing or leaving: a program that prints
 "passed", calls ``sys.exit(0)`` or ``os._exit(0)``, or brings an ``==`` that is always true, gets 0.3.
@@ -17,16 +18,20 @@ A model can cheat in the ways that ``grading`` lists, none of them by printing o
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from config.errors import InvalidConfigurationError
 from rewards.registry import register
+from rewards.row_reward import rows_of
 from rewards.sandbox.choice import proven_backend
 from rewards.sandbox.grading import Case, read_cases, run_case
-from rewards.sandbox.limits import Limits
+from rewards.sandbox.limits import Limits, Result
 from rewards.sandbox.runner import run_program
+from rewards.tags import PRESETS
+from rewards.text_utils import shortened
 
 FOR_RUNNING = 0.3
 _PYTHON = ("", "python", "python3", "py", "py3")
@@ -40,7 +45,9 @@ def extract_code(text: str) -> str:
     >>> extract_code("def f():\\n    return 1")
     'def f():\\n    return 1'
     """
-    text = text.rpartition("</think>")[2]
+    text = text.rpartition("</think>")[2].partition("<think>")[
+        0
+    ]  # thinking that is never closed is no answer
     last: str | None = None
     block: list[str] = []
     fence = ""
@@ -105,44 +112,65 @@ class CodeExecution:
                 f"code_execution: allow_imports is {allow_imports!r}; expected true, false or a list of module "
                 f'names such as ["math", "collections"].'
             )
+        if not isinstance(allow_unsafe_code, bool):  # the text "false" is true to Python
+            raise InvalidConfigurationError(
+                f"code_execution: allow_unsafe_code is {allow_unsafe_code!r}; expected true or false."
+            )
         self.limits = Limits(seconds=timeout, memory_mb=memory_limit)
         self.workers = num_workers or _cores()
         self.imports = None if allow_imports is True else list(allow_imports or ())
         self.backend = proven_backend(sandbox_command, allow_unsafe_code)
 
     def __call__(
-        self, completions: Sequence[Any], test_cases: Sequence[Any] | None = None, **columns: Any
+        self,
+        completions: Sequence[Any],
+        test_cases: Sequence[Any] | None = None,
+        prompts: Sequence[Any] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,
     ) -> list[float]:
         """One score per completion; ``test_cases`` is one list of cases per completion."""
-        given = test_cases if test_cases is not None else [None] * len(completions)
-        cases = [read_cases(one, row) for row, one in enumerate(given)]
-        programs = [extract_code(_text(completion)) for completion in completions]
+        rows = list(rows_of(prompts, completions, {"test_cases": test_cases, **columns}))
+        cases = [read_cases(row.field("test_cases"), number) for number, row in enumerate(rows)]
+        programs = [extract_code(row.tagged(PRESETS["think-only"])) for row in rows]
+        over = threading.Event()
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(self._score, programs, cases))
+            try:
+                judged = list(pool.map(lambda *row: self._judge(*row, over), programs, cases))
+            finally:
+                over.set()  # out of time, or interrupted: no further test is begun
+        if log_extra is not None:
+            log_extra(f"{self.reward_name} log", [why for _, why in judged])
+        return [score for score, _ in judged]
 
-    def _score(self, code: str, cases: Sequence[Case]) -> float:
+    def _judge(self, code: str, cases: Sequence[Case], over: threading.Event) -> tuple[float, str]:
+        """The score of a program, and in a line what it is made of."""
         if not code:
-            return 0.0
+            return 0.0, "no program"
         if not cases:
             result = run_program(code, "", self.limits, self.backend, imports=self.imports)
-            if result.status == "syntax_error":
-                return 0.0
-            return 1.0 if result.status == "ok" else FOR_RUNNING
-        passed = 0
-        for case in cases:
+            score = {"syntax_error": 0.0, "ok": 1.0}.get(result.status, FOR_RUNNING)
+            return score, f"no tests; {_told(result)}"
+        passed, failed = 0, ""
+        for number, case in enumerate(cases):
+            if over.is_set():
+                break
             good, result = run_case(code, case, self.limits, self.backend, self.imports)
             if result.status == "syntax_error":
-                return 0.0
+                return 0.0, result.status
             passed += good
-        return FOR_RUNNING + (1 - FOR_RUNNING) * passed / len(cases)
+            failed = failed or ("" if good else f"; test {number}: {_told(result)}")
+        return (
+            FOR_RUNNING + (1 - FOR_RUNNING) * passed / len(cases),
+            f"{passed} of {len(cases)} tests{failed}",
+        )
+
+
+def _told(result: Result) -> str:
+    """How a program ended, with the last line that it wrote to stderr."""
+    last = (result.stderr.strip().splitlines() or [""])[-1]
+    return f"{result.status} {shortened(last)}" if last else result.status
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _text(completion: Any) -> str:
-    """An answer as text; of a conversation, what was said last."""
-    if isinstance(completion, str):
-        return completion
-    return str(completion[-1]["content"]) if completion else ""

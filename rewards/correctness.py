@@ -61,5 +61,5 @@ class IntegerAnswer(RowReward):
 def _extracted(row: Row, tags: TagSet) -> str:
     """The tagged answer; what follows the thinking where there are no tags for the answer in use; else nothing."""
     if tags.answer_start is None:
-        return tags.after_thinking(row.completion)
+        return row.answer(tags)
     return tags.tagged_answer(row.completion) or ""

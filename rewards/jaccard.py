@@ -46,7 +46,7 @@ class Jaccard(RowReward):
         reference = row.reference(self.reference)
         if reference is None:
             return no_reference(self.reference)
-        answer = self._answer(row.completion)
+        answer = self._answer(row)
         given, wanted = set(plain_tokens(answer)), set(plain_tokens(reference))
         shared = sorted(given & wanted)
         why = {
@@ -56,9 +56,9 @@ class Jaccard(RowReward):
         }
         return Judgement(jaccard(given, wanted), why)
 
-    def _answer(self, text: str) -> str:
+    def _answer(self, row: Row) -> str:
         if not self.after_line_break:
-            return self.tags.after_thinking(text)
-        mark = self.tags.think_end + "\n"
+            return row.answer(self.tags)
+        text, mark = row.completion, self.tags.think_end + "\n"
         ends = places(text, mark, ignore_case=False)
         return self.tags.without_answer_tags(text[ends[-1] + len(mark) :]) if ends else ""

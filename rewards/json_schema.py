@@ -40,7 +40,7 @@ class JsonSchema(RowReward):
 
     def judge(self, row: Row) -> Judgement:
         """Score one completion."""
-        answer = self.tags.after_thinking(row.completion)
+        answer = row.answer(self.tags)
         block = fenced_block(answer, "json")
         try:
             found = json.loads(answer if block is None else block, parse_constant=_no_constant)

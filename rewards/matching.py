@@ -31,7 +31,7 @@ class ExactMatch(RowReward):
         reference = row.reference(self.reference)
         if reference is None:
             return no_reference(self.reference)
-        answer = self.tags.after_thinking(row.completion)
+        answer = row.answer(self.tags)
         why = {"answer": quoted(answer), "reference": quoted(reference.strip())}
         return Judgement(float(answer == reference.strip()), why)
 
@@ -56,7 +56,7 @@ class NormalisedMatch(RowReward):
         reference = row.reference(self.reference)
         if reference is None:
             return no_reference(self.reference)
-        given = normalised(self.tags.after_thinking(row.completion))
+        given = normalised(row.answer(self.tags))
         wanted = normalised(reference)
         equal = f" {wanted} " in f" {given} " if self.contains else given == wanted
         return Judgement(

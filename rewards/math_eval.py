@@ -39,9 +39,7 @@ class MathEval(RowReward):
         if wanted is None:
             return not_applicable(f"the reference {quoted(reference)} has no number")
         tagged = self.tags.answer_start is not None
-        answer = (
-            self.tags.tagged_answer(row.completion) if tagged else self.tags.after_thinking(row.completion)
-        )
+        answer = self.tags.tagged_answer(row.completion) if tagged else row.answer(self.tags)
         why: dict[str, object] = {"expression": quoted(answer), "reference": wanted}
         if answer is None:
             return Judgement(0.0, why)

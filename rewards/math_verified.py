@@ -60,7 +60,7 @@ class MathVerify(RowReward):
         """Score a batch, several rows at a time."""
         self.prepare()
         golds = [row.reference(self.reference) for row in rows]
-        answers = [self.tags.after_thinking(row.completion)[-self.max_characters :] for row in rows]
+        answers = [row.answer(self.tags)[-self.max_characters :] for row in rows]
         tasks = {
             (answer, gold.rpartition("####")[2].strip()): None
             for answer, gold in zip(answers, golds, strict=True)

@@ -15,6 +15,7 @@ from rewards.tags import PRESETS, Tags
 
 _NOISE = re.compile(r"\b(?:options?|answer|correct|is|are|the|choices?|and|or)\b", re.IGNORECASE)
 _ALONE = re.compile(r"(?<![^\W_])[A-Za-z](?![^\W_])")
+_MYSELF = re.compile(r"\bI(?:['’]|[ \t]+(?!(?:is|are|and|or|because|since|as)\b)[a-z]{2})")
 _IN_OPTION = re.compile(r"(?<![^\W_])([A-Z])(?:[).:\-]|\s|$)")
 _CHOICES = re.compile(r"^[ \t]*(?:choices|options)[ \t]*:[ \t]*$", re.IGNORECASE | re.MULTILINE)
 _CHOICE = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]*(\S.*)$", re.MULTILINE)
@@ -23,12 +24,14 @@ _CHOICE = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]*(\S.*)$", re.MULTILINE)
 def letters_in(text: str) -> set[str]:
     """The option letters in a text: capitals that stand alone; small ones too where nothing but letters is there.
 
+    An I before a verb ("I think B", "I'm sure: B") is the speaker.
+
     >>> sorted(letters_in("The correct options are B and C."))
     ['B', 'C']
     >>> sorted(letters_in("a, c")), sorted(letters_in("B is a good one"))
     (['A', 'C'], ['B'])
     """
-    rest = _NOISE.sub(" ", text)
+    rest = _NOISE.sub(" ", _MYSELF.sub(" ", text))
     alone = _ALONE.findall(rest)
     only_letters = len(alone) == sum(character.isalnum() for character in rest)
     return {letter.upper() for letter in alone if only_letters or letter.isupper()}
@@ -57,7 +60,7 @@ class ChoiceCorrectness(RowReward):
         wanted = letters_in(reference)
         if not wanted:
             return not_applicable(f"the reference {quoted(reference)} has no option letter")
-        chosen = letters_in(self.tags.after_thinking(row.completion))
+        chosen = letters_in(row.answer(self.tags))
         score = jaccard(chosen, wanted) if chosen else 0.0
         return Judgement(score, {"chosen": _listed(chosen), "correct": _listed(wanted)})
 
@@ -88,7 +91,7 @@ class McqAccuracy(RowReward):
         correct = self._correct(row, options)
         if not correct:
             return not_applicable("no correct option is known")
-        answer = self.tags.after_thinking(row.completion)
+        answer = row.answer(self.tags)
         chosen = self._chosen(answer, options)
         why = {"chosen": _listed(chosen), "correct": _listed(correct), "answer": quoted(answer)}
         score = float(chosen == correct) if self.strict_matching else jaccard(chosen, correct)
@@ -97,9 +100,7 @@ class McqAccuracy(RowReward):
     def _chosen(self, answer: str, options: Mapping[str, str]) -> set[str]:
         allowed = set(options) or set(string.ascii_uppercase)
         # Capitals first; an answer in small letters ("b)") only where it has no capital that is an option.
-        found = {letter for letter in _IN_OPTION.findall(answer) if letter in allowed}
-        if not options:
-            found &= letters_in(answer)
+        found = {letter for letter in _IN_OPTION.findall(answer) if letter in allowed} & letters_in(answer)
         if not found:
             found = letters_in(answer) & allowed
         if not found:

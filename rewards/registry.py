@@ -40,7 +40,7 @@ from config.errors import InvalidConfigurationError
 from rewards import older_imports
 from rewards.construction import as_reward, made, named, nearest
 
-__all__ = ["RewardRegistry", "aliases_of", "named", "names", "register", "registered", "resolve"]
+__all__ = ["RewardRegistry", "aliases_of", "entry_of", "named", "names", "register", "registered", "resolve"]
 
 Reward = Callable[..., Any]
 SomeReward = TypeVar("SomeReward", bound=Reward)
@@ -134,7 +134,7 @@ def resolve(spec: object) -> Reward:
     """
     config: Mapping[str, Any] = {}
     if isinstance(spec, Mapping):
-        spec, config = _entry(spec)
+        spec, config = entry_of(spec)
     if not isinstance(spec, str):
         return as_reward(made(spec, repr(spec), config), repr(spec))
     reward = as_reward(made(_found(spec), spec, config), spec)
@@ -144,7 +144,12 @@ def resolve(spec: object) -> Reward:
     return reward
 
 
-def _entry(entry: Mapping[Any, Any]) -> tuple[object, Mapping[str, Any]]:
+def entry_of(entry: Mapping[Any, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The name and the parameters of an entry ``{"name": …, "weight": …, "config": {…}}``.
+
+    Raises:
+        InvalidConfigurationError: for a key that entries do not have, or a config that is no mapping.
+    """
     unknown = sorted(map(str, set(entry) - {"name", "weight", "config"}))
     if unknown or not isinstance(entry.get("name"), str):
         raise InvalidConfigurationError(
@@ -184,7 +189,7 @@ def _found(spec: str) -> object:
 def _load_module(name: str, spec: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidConfigurationError(
             f"The reward {spec!r} needs the module {name!r}, which cannot be imported "
             f"({type(error).__name__}: {error}); a file is written as path/to/file.py:function."
@@ -192,8 +197,14 @@ def _load_module(name: str, spec: str) -> ModuleType:
 
 
 def _load_file(name: str) -> ModuleType:
-    path = Path(name).expanduser().resolve()
-    if not path.is_file():
+    try:
+        path = Path(name).expanduser().resolve()
+        found = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no path at all, the home of nobody
+        raise InvalidConfigurationError(
+            f"The reward file {name!r:.200} cannot be looked for ({error})."
+        ) from error
+    if not found:
         raise InvalidConfigurationError(f"The reward file {name!r} does not exist (looked for {path}).")
     # One file is one module, however often and under whichever spelling it is named. The hash keeps two
     # files called rewards.py apart; the entry in sys.modules lets dataclasses and pickle find their module.
@@ -212,7 +223,7 @@ def _load_file(name: str) -> ModuleType:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # exit() in a script must not look like the end of a run
         del sys.modules[module_name]
         raise InvalidConfigurationError(
             f"The reward file {path} does not run ({type(error).__name__}: {error}); "

@@ -48,7 +48,7 @@ class Rouge(RowReward):
         reference = row.reference(self.reference)
         if reference is None:
             return no_reference(self.reference)
-        answer = first_words(self.tags.after_thinking(row.completion), self.max_words)
+        answer = first_words(row.answer(self.tags), self.max_words)
         reference = first_words(reference, self.max_words)
         ascii_only = answer.isascii() and reference.isascii()
         scores = _scorer(self.variant, self.stemmer, ascii_only).score(reference, answer)[self.variant]

@@ -64,13 +64,8 @@ class Row:
         if self.columns.get(name) is not None:
             return self.columns[name]
         for column in META_COLUMNS:
-            meta = self.columns.get(column)
-            if isinstance(meta, str) and meta.lstrip().startswith("{"):  # as a table of strings keeps it
-                try:
-                    meta = json.loads(meta)
-                except (ValueError, RecursionError):
-                    continue
-            if isinstance(meta, Mapping) and meta.get(name) is not None:
+            meta = as_mapping(self.columns.get(column))
+            if meta.get(name) is not None:
                 return meta[name]
         return default
 
@@ -86,7 +81,12 @@ class Row:
 
     def tagged(self, tags: TagSet) -> str:
         """The completion, with the opening tag in front that its prompt ends with (as some templates have it)."""
-        return tags.think_start + self.completion if tags.opened_by(self.prompt) else self.completion
+        opened = tags.opened_by(str(self.columns.get("prompt_ending") or self.prompt))
+        return tags.think_start + self.completion if opened else self.completion
+
+    def answer(self, tags: TagSet, *, first: bool = False) -> str:
+        """What follows the thinking, as ``TagSet.after_thinking`` has it."""
+        return tags.after_thinking(self.tagged(tags), first=first)
 
 
 class RowReward(Declaration):
@@ -141,6 +141,16 @@ def rows_of(
         }
         prompt = prompt_text_of(prompts[number]) if prompts is not None and number < len(prompts) else ""
         yield Row(prompt, text_of(completion), own)
+
+
+def as_mapping(meta: Any) -> Mapping[str, Any]:
+    """The fields in a column ``meta``, which a table of strings keeps as JSON; none where it is something else."""
+    if isinstance(meta, str) and meta.lstrip().startswith("{"):
+        try:
+            meta = json.loads(meta)
+        except (ValueError, RecursionError):
+            return {}
+    return meta if isinstance(meta, Mapping) else {}
 
 
 def not_applicable(reason: str) -> Judgement:

@@ -64,7 +64,7 @@ class SemanticSimilarity(RowReward):
         reference = row.reference(self.reference)
         if reference is None:
             return no_reference(self.reference)
-        answer, wanted = self.tags.after_thinking(row.completion), self.tags.after_thinking(reference)
+        answer, wanted = row.answer(self.tags), self.tags.after_thinking(reference)
         why: dict[str, object] = {"answer": quoted(answer), "reference": quoted(wanted)}
         if min(len(answer), len(wanted)) < max(self.min_length, 1):
             return Judgement(0.0, why | {"too short": f"below {self.min_length} characters"})

@@ -6,15 +6,17 @@ import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from config.declaration import Declaration
-from config.errors import InvalidConfigurationError
-from rewards.base_reward import context_of
-from rewards.composition import RewardSet
+from config.errors import InvalidConfigurationError, RewardError
+from rewards.base_reward import context_of, reward_in
+from rewards.calling import Caller, Heard, TrainerState
+from rewards.checking import checked_values
 from rewards.registry import aliases_of, names, registered, resolve
 from rewards.row_reward import Row, RowReward
+from rewards.specification import unique_names
 from rewards.tags import PRESETS, TagSet
 
 WIDTH = 100
@@ -63,32 +65,62 @@ def show(name: str) -> str:
 
 
 def try_reward(
-    name: str, prompt: str, completion: str, config: Mapping[str, Any] | None = None, **columns: Any
+    name: str,
+    prompt: str,
+    completion: str,
+    config: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Any] | None = None,
 ) -> str:
     """What a reward says about one completion, and why.
 
     Args:
         config: the reward's parameters.
-        columns: the row's other fields, one value each, such as ``answer="72"``.
+        columns: the row's other fields, one value each, such as ``{"answer": "72"}``.
     Raises:
         InvalidConfigurationError, RewardError: as a run would.
     """
     reward = resolve({"name": name, "config": dict(config or {})})
-    row = Row(prompt, completion, columns)
-    if isinstance(reward, RowReward):
+    columns = dict(columns or {})
+    why: dict[str, Any] = {}
+    asked, label = _telling(reward, Row(prompt, completion, columns), why), _label(reward, name)
+    # Called as in a run, so that whatever goes wrong is the same sentence.
+    offered = {"prompts": [prompt], "completions": [completion], **{key: [v] for key, v in columns.items()}}
+    heard = Heard(rows=1)
+    said = Caller(offered, heard, TrainerState(), None).call_all({label: asked}, stop=True)[label]
+    if isinstance(said, RewardError):
+        raise said
+    values, unusable = checked_values(label, said, 1)
+    if unusable:
+        raise unusable[0]
+    why |= {key: kept[0] for key, kept in heard.extra.items()} | heard.measured
+    return _scored(label, None if math.isnan(values[0]) else float(values[0]), why)
+
+
+def _label(reward: Any, name: str) -> str:
+    return (
+        own_name(name)
+        if hasattr(reward, "compute") or hasattr(reward, "inner")
+        else unique_names([reward])[0]
+    )
+
+
+def _telling(reward: Any, row: Row, why: dict[str, Any]) -> Callable[..., Any]:
+    """A reward that judges ``row`` and leaves in ``why`` what the score is made of; ``reward`` where that is hidden."""
+    judge = getattr(reward, "inner", reward)
+
+    def row_by_row(**offered: Any) -> list[Any]:
         judgement = reward.judge_all([row])[0]
-        return _scored(reward.reward_name, judgement.score, judgement.why)
-    reward = getattr(reward, "inner", reward)
-    if hasattr(reward, "compute"):
-        said: Any = reward.compute(context_of(row))
-        log = said.get("log") if isinstance(said, Mapping) else None
-        score = said.get("reward") if isinstance(said, Mapping) else said
-        return _scored(own_name(name), score, log if isinstance(log, Mapping) else {"log": log})
-    rewards = RewardSet([reward])
-    batch = rewards.score([prompt], [completion], **{key: [value] for key, value in columns.items()})
-    score = float(batch.components[rewards.names[0]][0])
-    extra = {key: values[0] for key, values in (batch.extra or {}).items()} | dict(batch.measured or {})
-    return _scored(rewards.names[0], None if math.isnan(score) else score, extra)
+        why.update(judgement.why)
+        return [judgement.score]
+
+    def by_class(**offered: Any) -> list[Any]:
+        score, log = reward_in(judge.compute(context_of(row)), 0)
+        why.update(log if isinstance(log, Mapping) else {"log": log})
+        return [score]
+
+    if isinstance(reward, RowReward):
+        return row_by_row
+    return by_class if hasattr(judge, "compute") else reward
 
 
 def own_name(name: str) -> str:

@@ -101,10 +101,16 @@ class TagSet:
         return self.thinking(text)
 
     def after_thinking(self, text: str, *, first: bool = False) -> str:
-        """What follows the last (or first) closing tag, without tags for the answer; everything if there is none."""
+        """What follows the last (or first) closing tag, without tags for the answer; everything if there is none.
+
+        Thinking that is opened and never closed is no answer, unless an answer is tagged in it.
+        """
         ends = places(text, self.think_end)
         if ends:
             text = text[(ends[0] if first else ends[-1]) + len(self.think_end) :]
+        opened = places(text, self.think_start)
+        if opened and self.tagged_answer(text) is None and not places(text, self.think_end):
+            text = text[: opened[0]]
         return self.without_answer_tags(text)
 
     def without_answer_tags(self, text: str) -> str:

@@ -16,10 +16,10 @@ from rewards.tags import PRESETS, Tags
 
 #: Control text of chat templates, each a fault of its own.
 SPECIAL = (
-    "im_start",
-    "im_end",
-    "<|",
-    "|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
     "[INST]",
     "[/INST]",
     "<s>",

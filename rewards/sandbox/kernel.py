@@ -189,10 +189,12 @@ _NUMBERS: dict[str, tuple[int, int | None]] = {
     "bind": (49, 200),
     "truncate": (76, 45),
     "chmod": (90, None),
+    "fchmod": (91, 52),  # of a file that may be read only, too: whoever owns it may
     "fchmodat": (268, 53),
     "fchmodat2": (452, 452),
     "chown": (92, None),
     "lchown": (94, None),
+    "fchown": (93, 55),
     "fchownat": (260, 54),
     "utime": (132, None),
     "utimes": (235, None),
@@ -200,8 +202,10 @@ _NUMBERS: dict[str, tuple[int, int | None]] = {
     "utimensat": (280, 88),
     "setxattr": (188, 5),
     "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
     "removexattr": (197, 14),
     "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
     "setxattrat": (463, 463),
     "removexattrat": (466, 466),
     "file_setattr": (469, 469),
@@ -209,9 +213,18 @@ _NUMBERS: dict[str, tuple[int, int | None]] = {
     "inotify_init1": (294, 26),
     "fanotify_init": (300, 262),
     "shmget": (29, 194),
+    "shmat": (30, 196),  # numbers of what is there already can be guessed
+    "shmctl": (31, 195),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
     "setpriority": (141, 140),
     "ioprio_set": (251, 30),
     "sched_setaffinity": (203, 122),
@@ -241,6 +254,7 @@ _OUTSIDE = _names[_names.index("socket") : _names.index("setsid")]
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+_SET_FILE_FLAGS = [0x40086602, 0x40046602, 0x401C5820]  # FS_IOC_SETFLAGS (64 and 32 bits), FS_IOC_FSSETXATTR
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 _LOAD, _EQUAL, _ANY_BIT, _GREATER_EQUAL, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 
@@ -290,6 +304,7 @@ def _filter(outside: bool, leaving: bool, signals_to: int | None) -> list[Instru
     program += [(_EQUAL, 0, 1, call_of("clone3")), (_RETURN, 0, 0, _ENOSYS)]
     program += _if_argument(call_of("ioctl"), 1, _EQUAL, [0x5412, 0x541C, 0x8901, 0x8902], _EPERM)
     if outside:
+        program += _if_argument(call_of("ioctl"), 1, _EQUAL, _SET_FILE_FLAGS, _EPERM)
         program += _unless_argument(call_of("prlimit64"), 0, [0], _EPERM)
         program += _if_argument(call_of("fcntl"), 1, _EQUAL, [8, 10, 15], _EPERM)  # F_SETOWN, F_SETSIG, …_EX
     if signals_to:

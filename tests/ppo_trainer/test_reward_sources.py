@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from config.errors import ModelLoadError, RewardError
+from base_setup.tokenizer_setup import byte_tokenizer, prepare_prompt
+from config.errors import InvalidConfigurationError, ModelLoadError, RewardError
 from config.ppo_config import PPOConfig
 from config.supervised_config import RewardModelConfig
 from experience_buffer.data_structures import Prompt, Rollout
@@ -19,6 +22,7 @@ from models.reward_model import RewardModel
 from models.sft_model import LanguageModel
 from ppo_trainer.evaluator import score_metrics, score_rollouts
 from ppo_trainer.ppo_trainer import PPOTrainer
+from ppo_trainer.reward_sources import build_rewards
 from rewards.composition import RewardSet
 from rewards.scored_batch import ScoredBatch
 
@@ -140,3 +144,39 @@ def test_conversations_reach_rewards_as_messages() -> None:
     score_rollouts(RewardSet([look]), [chat, plain])
     assert seen["prompts"] == [[{"role": "user", "content": "hi"}], "hi"]
     assert seen["completions"] == [[{"role": "assistant", "content": "yes"}], "no"]
+
+
+def test_a_template_that_opens_the_thinking_is_seen() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<think>\n"
+    wrapped = TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
+    prompt = prepare_prompt(wrapped, 0, {"prompt": [{"role": "user", "content": "2 + 2?"}]}, "row 0")
+    assert prompt.text == "2 + 2?"
+    rollout = Rollout(prompt, 0, (2,), (0.0,), True, "it is 4</think><answer>4</answer>")
+    other = Rollout(replace(prompt, ending=""), 0, (2,), (0.0,), True, rollout.text)
+    assert score_rollouts(RewardSet.build("format"), [rollout, other]).total.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"config": {"scale": 2}}, r"learned model, which takes no config \(scale\)"),
+        ({"wieght": 2}, "'wieght'"),
+    ],
+)
+def test_an_entry_for_a_learned_reward_is_read_like_any_other(
+    entry: Any, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    for name in (f"learned:{tmp_path}", str(tmp_path)):
+        assert len(build_rewards({"name": name, "weight": 0.5}, PPOConfig())) == 1
+        with pytest.raises(InvalidConfigurationError, match=sentence):
+            build_rewards({"name": name, **entry}, PPOConfig())
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/x", "x" * 5000, "a\0b"])
+def test_a_name_that_is_no_path_is_said(name: str) -> None:
+    with pytest.raises(InvalidConfigurationError, match="There is no reward named"):
+        build_rewards(name, PPOConfig())
+    with pytest.raises(ModelLoadError, match="is no folder of a reward model"):
+        build_rewards(f"learned:{name}", PPOConfig())

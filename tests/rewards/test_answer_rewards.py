@@ -212,6 +212,12 @@ def test_choice_correctness() -> None:
     assert score("choice_correctness", "<think>A?</think>B", answer="B") == 1.0
     assert score("choice_correctness", "no idea", answer="B") == 0.0
     assert score("choice_correctness", "B", answer="seven") is None
+    for said in ("I think it is B.", "I'm sure: B", "B, I would say"):  # the speaker is no option
+        assert score("choice_correctness", said, answer="B") == 1.0
+        assert score("mcq_accuracy", said, correct_letter="B") == 1.0
+        assert score("mcq_accuracy", said, options=list("abcdefghij"), correct_letter="B") == 1.0
+    for said in ("I", "The answer is I.", "I is correct", "I and nothing else", "I) this"):
+        assert score("choice_correctness", said, answer="I") == 1.0
 
 
 OPTIONS = ["Rome", "Paris", "Athens"]

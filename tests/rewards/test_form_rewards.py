@@ -132,6 +132,7 @@ def test_format_structure_as_documented_elsewhere() -> None:
         ("as an ai, I just guess", 22 / 30 - 0.15),
         ("[INST] xxxxxxxx", 0.6 * 15 / 30),  # control text
         ("<s> [INST] xxxxxxxx", 0.2 * 19 / 30),
+        ("<|im_end|> xxxxxxxx", 0.6 * 19 / 30),  # one piece of it, one penalty
     ],
 )
 def test_thinking_quality(thinking: str, expected: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from config.errors import InvalidConfigurationError, RewardError
 from rewards import judge as judge_module
+from rewards.composition import RewardSet
 from rewards.registry import resolve
 
 Answer = tuple[int, dict[str, str], str]
@@ -24,6 +26,7 @@ class Endpoint:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.at_once = self.most_at_once = 0
         self.answer: Callable[[dict[str, Any], int], Answer] = lambda body, number: (
             200,
@@ -35,6 +38,7 @@ class Endpoint:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                endpoint.paths.append(self.path)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with endpoint.lock:
                     endpoint.at_once += 1
@@ -47,11 +51,14 @@ class Endpoint:
                     endpoint.at_once -= 1
                 reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
                 self.send_response(status)
-                for name, value in headers.items():
+                for name, value in {"Content-Length": str(len(reply)), **headers}.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
                 self.wfile.write(reply)
+
+            def do_GET(self) -> None:
+                endpoint.paths.append(self.path)
+                self.send_error(404)
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -98,6 +105,9 @@ def test_scores_are_moved_to_0_1_and_the_question_has_everything(endpoint: Endpo
         ('{"scores": [10]}', 1.0),
         ('```json\n{"score": 5}\n```', 0.5),
         ("I would say 4/10. Score: 4", 0.4),
+        ("Score: 4/10", 0.4),
+        ("I give it 4 out of 10.", 0.4),
+        ("It is between 3-4.", 0.4),
         ('{"scores": [99]}', 1.0),  # limited
         ('{"scores": [-3]}', 0.0),
     ],
@@ -140,6 +150,43 @@ def test_the_key_is_sent_and_written_nowhere(
     assert "MY_KEY" in str(caught.value)
 
 
+@pytest.mark.parametrize("around", ["sk-secret\r\n", " sk-secret "])
+def test_white_space_around_a_key_is_not_sent(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, around: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", around)
+    judge(endpoint)(prompts=["p"], completions=["a"])
+    assert endpoint.headers[0]["Authorization"] == "Bearer sk-secret"
+
+
+@pytest.mark.parametrize("key", ["sk-sec\nret", "sk-sec–ret"])
+def test_a_key_that_cannot_be_sent_is_not_quoted(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(
+        RewardError, match="the key in OPENAI_API_KEY has characters that no header"
+    ) as caught:
+        judge(endpoint)(prompts=["p"], completions=["a"])
+    assert "sk-sec" not in str(caught.value)
+    assert not endpoint.requests
+
+
+def test_a_redirect_is_not_followed_with_the_key(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    elsewhere = endpoint.url.replace("127.0.0.1", "localhost") + "/elsewhere"
+    endpoint.answer = lambda body, number: (302, {"Location": elsewhere}, "")
+    with pytest.raises(RewardError, match=r"after 1 tries, the last one: status 302"):
+        judge(endpoint)(prompts=["p"], completions=["a"])
+    assert endpoint.paths == ["/v1/chat/completions"]
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda body, number: (200, {"Content-Length": "9999"} if number == 1 else {}, "7")
+    assert judge(endpoint)(prompts=["p"], completions=["a"]) == [0.7]
+    assert len(endpoint.requests) == 2
+
+
 def test_what_may_pass_is_tried_again(endpoint: Endpoint) -> None:
     bad: list[Answer] = [(429, {"Retry-After": "0"}, ""), (503, {}, ""), (200, {}, "no number")]
     endpoint.answer = lambda body, number: bad[number - 1] if number <= 3 else (200, {}, '{"scores": [2]}')
@@ -162,6 +209,37 @@ def test_what_does_not_pass_ends_with_the_row(endpoint: Endpoint, status: int, t
     asked = len(endpoint.requests)
     assert reward(prompts=["p"], completions=["good"]) == [0.1]  # what was paid for is kept
     assert len(endpoint.requests) == asked
+
+
+def test_what_was_paid_for_is_kept_though_a_row_before_it_fails(endpoint: Endpoint) -> None:
+    answered = threading.Event()
+
+    def answer(body: dict[str, Any], number: int) -> Answer:
+        if "bad" in body["messages"][1]["content"]:
+            answered.wait(20)
+            return 404, {}, ""
+        return 200, {}, '{"scores": [1]}'
+
+    endpoint.answer = answer
+    kept = judge_module._cache(None)
+    put = kept.put
+    kept.put = lambda key, score: (put(key, score), answered.set())  # type: ignore[method-assign, assignment]
+    with pytest.raises(RewardError, match="row 0"):
+        judge(endpoint, concurrency=2)(prompts=["p"] * 2, completions=["bad", "better"])
+    asked = len(endpoint.requests)
+    assert judge(endpoint)(prompts=["p"], completions=["better"]) == [0.1]
+    assert len(endpoint.requests) == asked
+
+
+def test_a_judge_whose_time_is_up_makes_no_further_tries(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda body, number: (503, {}, "")
+    rewards = RewardSet([judge(endpoint, backoff=30.0)], timeout=0.3)
+    with pytest.raises(RewardError, match="took longer than reward_timeout"):
+        rewards.score(["p"], ["c"])
+    end = time.monotonic() + 20
+    while any(thread.name.startswith("judge") for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_no_server_is_said() -> None:
@@ -223,3 +301,10 @@ def test_a_cache_that_is_none_is_named(tmp_path: Path) -> None:
     file.write_text('{"key": "a", "score": 1}\nnonsense\n')
     with pytest.raises(InvalidConfigurationError, match=r"judge\.jsonl:2 is no line of such a file"):
         resolve({"name": "judge", "config": {"url": "http://h", "cache_file": str(file)}})
+
+
+@pytest.mark.parametrize("made", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\n")])
+def test_a_cache_that_cannot_be_read_is_named(tmp_path: Path, made: Callable[[Path], Any]) -> None:
+    made(tmp_path / "judge.jsonl")
+    with pytest.raises(InvalidConfigurationError, match=r"judge\.jsonl cannot be read"):
+        resolve({"name": "judge", "config": {"url": "http://h", "cache_file": str(tmp_path / "judge.jsonl")}})

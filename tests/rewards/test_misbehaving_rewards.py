@@ -42,6 +42,21 @@ def test_an_exception_names_the_row_that_is_to_blame(reward: Any) -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def notes(completions: list[str], log_extra: Any, log_metric: Any) -> list[float]:
+    log_extra("characters", [len(text) for text in completions])
+    log_metric("rows", len(completions))
+    return [float(text) for text in completions]
+
+
+def test_a_reward_that_logs_is_asked_row_by_row_like_any_other() -> None:
+    with pytest.raises(RewardError, match="It fails on row 1 alone, whose completion is 'two'"):
+        score(notes)
+    scored = score(notes, on_error="skip")
+    np.testing.assert_array_equal(scored.total, [1, np.nan, 3])
+    assert scored.extra == {"characters": [1, 3, 1]}  # of the batch, not of the single rows
+    assert scored.measured == {"rows": 3.0}
+
+
 def test_an_exception_that_no_row_has_alone_names_none() -> None:
     def needs_two(completions: list[str]) -> list[float]:
         return [1.0] if len(completions) == 1 else [1 / 0]
@@ -135,6 +150,18 @@ def test_a_reward_that_hangs_is_ended(reward: Any) -> None:
     with pytest.raises(RewardError, match=sentence):
         score(reward, timeout=0.05)
     assert time.monotonic() - begin < 30
+
+
+async def gives_up(completions: list[str]) -> list[float]:
+    if "two" in completions:
+        raise TimeoutError("no server")
+    return [1.0] * len(completions)
+
+
+def test_a_time_limit_of_the_rewards_own_is_not_ours() -> None:
+    with pytest.raises(RewardError, match=r"raised TimeoutError: no server .* It fails on row 1 alone"):
+        score(gives_up, timeout=60.0)
+    np.testing.assert_array_equal(score(gives_up, timeout=60.0, on_error="skip").total, [1, np.nan, 1])
 
 
 def test_skipping_a_hang_loses_the_batch_and_nothing_else() -> None:

@@ -134,3 +134,19 @@ def test_a_class_that_needs_arguments_is_refused() -> None:
     with pytest.raises(InvalidConfigurationError, match="without arguments"):
         resolve(Threshold)
     assert resolve(Threshold(1.0))(completions=["a"]) == [1.0]
+
+
+@pytest.mark.parametrize("leaves", ["import sys\nsys.exit(0)", "raise SystemExit", "exit()"])
+def test_a_file_that_ends_the_process_is_said(tmp_path: Path, leaves: str) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    file = folder / "leaves.py"
+    file.write_text(f"def f(completions): return [0.0]\n{leaves}\n")
+    with pytest.raises(InvalidConfigurationError, match="does not run \\(SystemExit"):
+        resolve(f"{file}:f")
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/x.py", "x" * 5000 + ".py", "a\0b.py"])
+def test_a_path_that_is_none_is_said(name: str) -> None:
+    with pytest.raises(InvalidConfigurationError, match="The reward file"):
+        resolve(f"{name}:f")

@@ -226,7 +226,7 @@ def test_the_context_says_all_that_the_row_says() -> None:
         ["a", [{"role": "assistant", "content": "b"}]],
         answer=["x", None],
         test_cases=[["assert f()"], None],
-        meta=[{"level": 3}, None],
+        meta=[{"level": 3}, '{"level": 4}'],
         terminated=[True, False],
         topic=["t", "u"],
     )
@@ -234,7 +234,7 @@ def test_the_context_says_all_that_the_row_says() -> None:
     assert [c.generated_text for c in seen] == ["a", "b"]
     assert [c.reference_completion for c in seen] == ["x", None]
     assert [list(c.test_cases) for c in seen] == [["assert f()"], []]
-    assert [dict(c.metadata) for c in seen] == [{"topic": "t", "level": 3}, {"topic": "u"}]
+    assert [dict(c.metadata) for c in seen] == [{"topic": "t", "level": 3}, {"topic": "u", "level": 4}]
     assert {c.update_step for c in seen} == {7}
     np.testing.assert_array_equal(scored.total, [1, 2])
     assert scored.extra == {"Curious log": [{"seen": 1}, {"seen": 2}]}
@@ -306,3 +306,14 @@ def test_conversations_and_services_as_trl_passes_them() -> None:
     assert scored.extra == {"length": [34, 2]}
     assert scored.measured == {"mean_length": 18.0}
     assert scored.rows([1]).extra == {"length": [2]}
+
+
+def test_what_an_entry_sets_no_column_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def up_to(completions, limit=5): return [float(limit)] * len(completions)\n"
+        "def all_of(completions, limit=5, **columns): return [float(limit)] * len(completions)\n"
+    )
+    for name in ("up_to", "all_of"):
+        rewards = RewardSet.build({"name": f"{file}:{name}", "config": {"limit": 3}})
+        assert rewards.score(["p"], ["c"], limit=[7]).total.tolist() == [3.0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import InvalidConfigurationError
+from config.errors import InvalidConfigurationError, RewardError
 from rewards.registry import names
 from rewards.show import list_rewards, show, try_reward
 
@@ -40,7 +40,9 @@ def test_what_is_shown_of_one() -> None:
 
 
 def test_trying_shows_the_score_and_why() -> None:
-    assert try_reward("jaccard", "", "<think>x</think>\nthe cat", answer="the cat sat").splitlines() == [
+    assert try_reward(
+        "jaccard", "", "<think>x</think>\nthe cat", columns={"answer": "the cat sat"}
+    ).splitlines() == [
         "jaccard = 0.666667",
         "  answer     'the cat'",
         "  reference  'the cat sat'",
@@ -65,7 +67,31 @@ def test_trying_rewards_of_ones_own(tmp_path: Path) -> None:
         "def noted(completions, log_extra):\n    log_extra('length', [len(t) for t in completions])\n"
         "    return [None]\n"
     )
-    said = try_reward(f"{file}:Graded", "p", "c", answer="a")
+    said = try_reward(f"{file}:Graded", "p", "c", columns={"answer": "a"})
     assert said.splitlines()[1:] == ["  reference  a"]
     assert said.splitlines()[0].endswith(" = 0.5")
     assert try_reward(f"{file}:noted", "p", "four") == "noted = (does not apply)\n  length  4"
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("return 1 / 0", r"raised ZeroDivisionError: division by zero at .*mine\.py:3"),
+        ("return float('nan')", "returned nan for row 0"),
+        ("return 'good'", "returned str 'good' for row 0"),
+        ("return {'score': 1}", 'a mapping without "reward"'),
+    ],
+)
+def test_trying_what_misbehaves_says_what_a_run_would_say(tmp_path: Path, body: str, sentence: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"class Mine:\n    def compute(self, context):\n        {body}\n")
+    with pytest.raises(RewardError, match=sentence):
+        try_reward(f"{file}:Mine", "", "x")
+
+
+def test_trying_with_columns_that_a_reward_cannot_read() -> None:
+    with pytest.raises(RewardError, match="'steps_coverage' raised TypeError"):
+        try_reward("steps_coverage", "", "x", columns={"required_steps": 5})
+    there_is_none = {"schema": {"$ref": "http://localhost/none"}}
+    with pytest.raises(RewardError, match="Unresolvable"):
+        try_reward("json_schema", "", "{}", there_is_none)

@@ -58,9 +58,11 @@ def test_the_whole_structure_is_what_the_anchored_pattern_finds() -> None:
         ("", None, "", None),
         ("just this", None, "just this", None),
         ("<think> a </think> b ", "a", "b", "a"),
-        ("<think>never closed", "never closed", "<think>never closed", None),
+        ("<think>never closed", "never closed", "", None),  # that is no answer
+        ("It is 3. <think>or 4", "or 4", "It is 3.", None),
+        ("<think>never closed <answer>b</answer>", "never closed <answer>b</answer>", "b", None),
         ("no start</think>b", None, "b", None),
-        ("</think><think>a", "a", "<think>a", None),
+        ("</think><think>a", "a", "", None),
         ("<think>a</think>b</think>c", "a", "c", "a"),
         ("<think>a<think>b</think>c", "a<think>b", "c", "a<think>b"),
         ("<think>a</think><answer>b</answer> tail", "a", "b", "a"),
@@ -90,6 +92,17 @@ def test_a_prompt_that_opens_the_thinking() -> None:
     row = Row("2 + 2?\n<think>\n", "it is 4</think><answer>4</answer>")
     assert resolve("format").judge(row).score == 0.5  # type: ignore[attr-defined]
     assert resolve("format").judge(Row("2 + 2?", row.completion)).score == -0.5  # type: ignore[attr-defined]
+
+
+def test_thinking_that_is_never_closed_is_no_answer_even_if_the_prompt_opened_it() -> None:
+    opened, unfinished = "2 + 2?\n<think>", "so it is 4"
+    for name in ("exact_match", "normalised_match", "math_verify", "rouge", "choice_correctness"):
+        config = {"contains": True} if name == "normalised_match" else {}
+        reward, answer = resolve({"name": name, "config": config}), "A" if "choice" in name else "4"
+        text = unfinished.replace("4", answer)
+        assert reward(prompts=[opened], completions=[text], answer=[answer]) == [0.0], name
+        [given] = reward(prompts=[opened], completions=[f"hm</think>{answer}"], answer=[answer])
+        assert given == 1.0, name
 
 
 def test_what_names_a_tag_set() -> None:

@@ -14,6 +14,10 @@ LIMITS = Limits(seconds=2)
 FORMS: dict[str, Case] = {
     "assertion": Assertions("assert add(4000, 711) == 4711"),
     "assertion in a loop": Assertions("for a, want in [(4000, 4711)]:\n    assert add(a, 711) == want"),
+    "assertion over a map": Assertions("assert all(map(lambda a: add(a, 711) == 4711, [4000]))"),
+    "zip of a map": Assertions(
+        "for got, want in zip(map(add, [4000], [711]), [4711]):\n    assert got == want"
+    ),
     "humaneval": Assertions("def check(candidate):\n    assert candidate(4000, 711) == 4711\ncheck(add)\n"),
     "nearly": Assertions(
         "import math\nassert abs(add(4000, 711) - 4711) < 1e-6 and math.isclose(add(4000, 711), 4711)"
@@ -76,6 +80,7 @@ CHEATS = {
         "class math:\n    @staticmethod\n    def isclose(*a): return True\n"
         "def add(a, b): return 0"
     ),
+    "ends the loop of the test": "def add(a, b): raise StopIteration",
     "catches everything": (
         "import sys, threading\nsys.excepthook = threading.excepthook = lambda *a: None\n"
         "sys.settrace(lambda *a: None)\n"

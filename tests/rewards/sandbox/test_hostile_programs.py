@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import signal
+import sys
+import tempfile
 import threading
 from typing import Any
 
 import pytest
 
 from rewards.sandbox.backends import Backend, Unsafe
+from rewards.sandbox.kernel import NOBODY
 from rewards.sandbox.limits import Limits, Result
 from rewards.sandbox.probe import remains
 from rewards.sandbox.runner import run_program
@@ -150,6 +154,71 @@ def test_no_program_reaches_anything_outside(
 def test_the_attacks_are_real_they_succeed_where_there_is_no_sandbox(name: str, outside: Any) -> None:
     result = run_program(outside.program(ESCAPES[name]), backend=Unsafe())
     assert "ESCAPED" in result.stdout, result
+
+
+CHANGE_WHAT_MAY_BE_READ = """
+import fcntl, os
+fd = os.open(PLACE, os.O_RDONLY)
+assert os.read(fd, 1) == b"x"
+for change in (
+    lambda: os.fchmod(fd, 0o666),
+    lambda: os.fchown(fd, -1, os.getgid()),
+    lambda: os.setxattr(fd, "user.a", b"1"),
+    lambda: os.utime(fd, (1, 1)),
+    lambda: fcntl.ioctl(fd, 0x40086602, bytes(8)),
+):
+    try:
+        change()
+        print("ESCAPED")
+    except OSError:
+        print("refused")
+"""
+
+
+def test_a_file_of_ones_own_that_may_be_read_cannot_be_changed_through_its_descriptor(
+    wall: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="installed-") as name:  # as packages of whoever runs the trainer
+        os.chmod(name, 0o755)
+        place = os.path.join(os.path.realpath(name), "site-packages", "module.py")
+        os.mkdir(os.path.dirname(place))
+        with open(place, "w") as file:
+            file.write("x = 1")
+        if os.getuid() == 0:
+            os.chown(place, NOBODY, NOBODY)
+        os.chmod(place, 0o644)
+        monkeypatch.setattr(sys, "path", [*sys.path, os.path.dirname(place)])
+        before = os.stat(place)
+        result = run_program(f"PLACE = {place!r}\n{CHANGE_WHAT_MAY_BE_READ}", backend=wall)
+        after = os.stat(place)
+    assert result.stdout.split() == ["refused"] * 5, result
+    assert (before.st_mode, before.st_ctime_ns) == (after.st_mode, after.st_ctime_ns)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="numbers of System V memory are tried on Linux")
+def test_shared_memory_of_others_is_not_attached_by_guessing_its_number(wall: Backend) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.shmat.restype = ctypes.c_void_p
+    number = libc.shmget(0, 4096, 0o1666)
+    assert number >= 0
+    address = libc.shmat(number, None, 0)
+    try:
+        ctypes.memmove(address, b"canary\0", 7)
+        attach = (
+            f"{CTYPES}libc.shmat.restype = ctypes.c_void_p\n"
+            f"there = libc.shmat({number}, None, 0)\n"
+            "if there not in (None, 2**64 - 1):\n"
+            "    print('ESCAPED', ctypes.string_at(there)); ctypes.memmove(there, b'changed', 8)\n"
+            f"print('removed', libc.shmctl({number}, 0, None))"
+        )
+        result = run_program(attach, backend=wall)
+        assert "ESCAPED" not in result.stdout
+        assert "removed -1" in result.stdout, result
+        assert ctypes.string_at(address) == b"canary"
+        assert "ESCAPED" in run_program(attach, backend=Unsafe()).stdout  # the attack is real
+    finally:
+        libc.shmdt(ctypes.c_void_p(address))
+        libc.shmctl(number, 0, None)
 
 
 # Too much of something -------------------------------------------------------------------------------
