@@ -37,7 +37,7 @@ def recognise(names: Collection[str], headings: Collection[str], ours: Collectio
     """The system whose file has these names and headings; None for one of ours.
 
     A heading of theirs decides; else the system that knows most of the names that are not ours. Those have to be more
-    than half as many as ours: one name of theirs in a file of ours is a slip, and must not bring their defaults with it.
+    than half as many as ours: one name of theirs in a file of ours is a slip, and must not bring their defaults.
     """
     foreign = set(names) - set(ours)
     for system in SYSTEMS.values():

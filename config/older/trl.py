@@ -52,6 +52,12 @@ def _group(values: Values) -> Iterator[Ours | Said]:
         yield Said(("num_generations",), "TRL's default is grpo with loss_type dapo, a mean over tokens")
 
 
+def _prompts(values: Values) -> Iterator[Ours | Said]:
+    members = 8 if "loss_type" in values else 1  # a GRPOConfig's default; PPOConfig has no groups
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+    yield from prompts_per_step(*names, (8, 1, members), counts_completions=True)(values)
+
+
 def _rewards(values: Values) -> Iterator[Ours | Said]:
     yield Ours("rewards", values.given["reward_funcs"].value, ("reward_funcs",))
 
@@ -86,13 +92,7 @@ TRL = System(
         (
             ("per_device_train_batch_size", "gradient_accumulation_steps"),
             Together(
-                prompts_per_step(
-                    "per_device_train_batch_size",
-                    "gradient_accumulation_steps",
-                    "num_generations",
-                    (8, 1, 8),
-                    counts_completions=True,
-                ),
+                _prompts,
                 "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
             ),
         ),
