@@ -117,7 +117,7 @@ def load_config(
     given += _from_environment(environ, len(given) + 1)
     given += _from_overrides(overrides, len(given) + 1, system)
 
-    ours, said = _translated(cls, given, strict)
+    ours, said = _translated(cls, given, strict, system)
     notes += said
     chosen = _chosen(cls, ours, notes)
     origins = {name: default() for name in options_of(cls)} | {n: one.origin for n, one in chosen.items()}
@@ -209,9 +209,12 @@ def _every_name(cls: type[Declaration]) -> set[str]:
 
 
 def _translated(
-    cls: type[Declaration], given: Sequence[Given], strict: bool
+    cls: type[Declaration], given: Sequence[Given], strict: bool, asked_for: str | None
 ) -> tuple[list[Given], list[str]]:
-    """Settings under our names alone, and what there is to say about those that were not."""
+    """Settings under our names alone, and what there is to say about those that were not.
+
+    ``asked_for``: the system whose defaults hold even where nothing of it is given.
+    """
     theirs: dict[str, dict[str, Given]] = {}
     ours, notes, loud = [], list[str](), list[str]()
     for one in sorted(given, key=lambda one: one.rank):
@@ -220,7 +223,8 @@ def _translated(
         else:
             ours.append(one)
     # A system's own defaults stand below everything, its file's or flags' presence being what asks for them.
-    for system in (SYSTEMS[name] for name in dict.fromkeys(one.system for one in given) if name is not None):
+    names = dict.fromkeys([asked_for, *(one.system for one in given)])
+    for system in (SYSTEMS[name] for name in names if name is not None):
         groups = issubclass(cls, PPOConfig)
         result: Translation = system.translate(theirs.get(system.name, {}), has_groups=groups)
         ours += result.settings

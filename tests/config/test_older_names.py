@@ -566,3 +566,12 @@ def test_the_variable_that_names_mlx_grpos_file(tmp_path: Path) -> None:
         InvalidConfigurationError, match=r"MLX_GRPO_CONFIG: .*gone\.toml: there is no such file"
     ):
         read()
+
+
+@pytest.mark.parametrize("system", ["mlx-grpo", "mlx-grpo-gsm8k", "mlx-rlhf", "mlx-rl-trainer"])
+def test_a_system_that_is_named_alone_has_its_defaults(system: str) -> None:
+    """``train --from mlx-grpo-gsm8k`` is a whole command line."""
+    loaded = load_config(PPOConfig, environ={}, older=system)
+    preset = load_config(PPOConfig, environ={}, preset=system.replace("-", "_")).config
+    assert loaded.config == preset
+    assert len(loaded.notes) == 1
