@@ -12,6 +12,7 @@ from command_line.config_options import add_config_options, add_override, add_ru
 from command_line.explaining import explained, resolved
 from command_line.parsing import Command, Parser
 from config.loader import Loaded
+from config.older.systems import find_system
 from config.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
     if options.explain:
         print(explained(loaded))
         return 0
-    config, rewards, data = _checked(loaded, own_prompts=options.from_system == "mlx-rlhf")
+    from_mlx_rlhf = options.from_system is not None and find_system(options.from_system).name == "mlx-rlhf"
+    config, rewards, data = _checked(loaded, own_prompts=from_mlx_rlhf)
     from command_line.checks import fitted_prompts
     from command_line.plan import steps_of, training_plan, usable
 
