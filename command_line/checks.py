@@ -118,21 +118,21 @@ def digit_rows(config: TrainingConfig) -> DataSplits:
     return DataSplits(load_prompts(digit_prompts(DIFFERENT_PROMPTS, config.seed), config), None, 0)
 
 
-def prompt_lengths(config: PPOConfig, rows: Any, *, every: bool) -> list[int]:
-    """Tokens of the prompts that are trained on; of a large file's first ones, unless ``every``.
+def fitted_prompts(config: PPOConfig, rows: Any, *, every: bool) -> PreparedPrompts:
+    """The prompts that are trained on; of a large file's first rows, unless ``every``.
 
     Raises:
         DataLoadError: a prompt that cannot be used, or is too long.
     """
     count = len(rows) if every else min(len(rows), COUNTED_ROWS)
     some = rows if count == len(rows) else [rows[i] for i in range(count)]
-    prompts = PreparedPrompts(
+    return PreparedPrompts(
         load_tokenizer(config),
         some,
         max_prompt_length=config.max_prompt_length,
         overflow=config.prompt_overflow,
+        on_bad_row=config.on_bad_row,
     )
-    return [len(prompt.ids) for prompt in prompts]
 
 
 def row_lengths(config: SupervisedConfig, rows: Any, *, every: bool) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from command_line.parsing import Parser, count
+from config.errors import InvalidConfigurationError
 from config.ppo_config import PPOConfig
 
 #: Options of a dry run that are a number, and the field that each sets.
@@ -68,6 +69,13 @@ def run(options: argparse.Namespace) -> int:
     """The demo; 0 if both algorithms improved their reward. With ``--dry-run`` the estimate."""
     if options.dry_run:
         return dry_run(options)
+    named = {"--model": options.model, "--algorithm": options.algorithm, "--full": options.full or None}
+    named |= {option: getattr(options, field) for option, field in DRY_RUN_NUMBERS.items()}
+    for option, value in named.items():
+        if value is not None:
+            raise InvalidConfigurationError(
+                f"{option}: the demo has no use for it; add --dry-run for an estimate, or see main.py train --help"
+            )
     from examples.sequential_digits import main as demo
 
     return demo(options.output, seed=options.seed, fast=options.fast)

@@ -85,15 +85,18 @@ def run(options: argparse.Namespace) -> int:
 
 def _with_what_was_trained(given: PPOConfig, checkpoint: Checkpoint) -> PPOConfig:
     """Files and flags first, then what the run wrote down, then the defaults."""
-    config = given.with_defaults(checkpoint.config)
+    written = dict(checkpoint.config)
+    if given.was_set("rewards"):
+        written.pop("reward_weights", None)  # they are of the run's own rewards
+    config = given.with_defaults(written)
     return config if checkpoint.is_adapter else config.replace(model_name=str(checkpoint.folder))
 
 
 def _validation_rows(config: PPOConfig, *, needed: bool) -> Any:
     from data_loading.loading import load_data, load_prompts
 
-    if config.val_path is not None:
-        return load_prompts(config.val_path, config, split="valid")
+    if config.val_path is not None:  # max_samples is about rows to train on
+        return load_prompts(config.val_path, config.replace(max_samples=None), split="valid")
     rows = None
     if config.train_path is not None or config.dataset_name is not None:
         rows = load_data(config, "prompts").validation
@@ -156,8 +159,14 @@ def _validate(
     from ppo_trainer.reward_sources import build_rewards
 
     prompts = PreparedPrompts(
-        policy.tokenizer, rows, max_prompt_length=config.max_prompt_length, overflow=config.prompt_overflow
+        policy.tokenizer,
+        rows,
+        max_prompt_length=config.max_prompt_length,
+        overflow=config.prompt_overflow,
+        on_bad_row=config.on_bad_row,
     )
+    if str(prompts.fitting):
+        print(prompts.fitting)
     weights = config.reward_weights if config.rewards else None
     judges = build_rewards(rewards, config.replace(reward_weights=weights), policy.base)
     metrics = Evaluator(Generator(policy, config), judges, reference, config).evaluate(prompts)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from command_line.parsing import Command, Parser, one_of
-from config.errors import CheckpointError
+from config.errors import CheckpointError, InvalidConfigurationError
 
 TEMPLATES = ("minimal", "standard", "advanced")
 
@@ -44,9 +45,16 @@ def run(options: argparse.Namespace) -> int:
         suffix=path.suffix,
     )
     try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidConfigurationError(
+            f"a name has a byte that is no UTF-8, which a config cannot hold ({text[error.start - 20 : error.end]!r}); "
+            "rename that file"
+        ) from None
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w" if options.force else "x", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("wb" if options.force else "xb") as file:
+            file.write(content)
     except FileExistsError:
         raise CheckpointError(f"--output: {path} exists already; name another file, or add --force") from None
     except OSError as error:
@@ -54,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     if options.verbose:
         print(text)
     print(f"written: {path}")
-    print(f"next:    python main.py train --config {path} --dry-run")
+    print(f"next:    python main.py train --config {shlex.quote(str(path))} --dry-run")
     return 0
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from config.declaration import nearest
@@ -35,6 +36,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        # As from Python 3.14 on: -1e-3 is a number and no option.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
         #: Adds the options of the system that ``--from`` names.
         self.adopt: Callable[[Parser, str], None] | None = None
 
@@ -49,9 +52,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, with underscores in an option's name read as dashes."""
         args = sys.argv[1:] if args is None else list(args)
-        if self.adopt is not None and "--from" in args[:-1]:
-            self.adopt(self, args[args.index("--from") + 1])
-            self.adopt = None
+        if self.adopt is not None:
+            after = [b for a, b in pairwise(args) if a == "--from"]
+            joined = [one.partition("=")[2] for one in args if one.startswith("--from=")]
+            for system in [*after, *joined][:1]:
+                self.adopt(self, system)
+                self.adopt = None
         return super().parse_known_args([self._dashed(one) for one in args], namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from base_setup.memory_estimate import GB, MemoryEstimate, describe, predict
-from command_line.checks import COUNTED_ROWS, model_config, prompt_lengths, row_lengths
+from command_line.checks import model_config, row_lengths
 from config.ppo_config import PPOConfig
 from config.supervised_config import PreferenceConfig, RewardModelConfig, SupervisedConfig
 from config.training_config import TrainingConfig
 from data_loading.loading import DataSplits
+from data_loading.prepared_prompts import PreparedPrompts
 from ppo_trainer.algorithms import find_algorithm
 from ppo_trainer.resolution import updates_per_batch
 from rewards.composition import RewardSet
@@ -20,26 +21,33 @@ def memory_lines(config: PPOConfig) -> list[str]:
     return describe(model_config(config), config, critic=find_algorithm(config.algorithm).needs_critic)
 
 
-def steps_of(config: PPOConfig, data: DataSplits) -> int:
+def usable(data: DataSplits, prompts: PreparedPrompts) -> int:
+    """Prompts to train on: the rows without those that are left out, as far as ``prompts`` were looked at."""
+    return len(data.train) - prompts.fitting.seen + len(prompts)
+
+
+def steps_of(config: PPOConfig, prompts: int) -> int:
     """Batches of rollouts in the whole run."""
-    return config.num_steps or config.num_epochs * -(-len(data.train) // config.batch_size)
+    return config.num_steps or config.num_epochs * -(-prompts // config.batch_size)
 
 
-def training_plan(config: PPOConfig, data: DataSplits, rewards: RewardSet, *, dry: bool) -> list[str]:
-    """The plan of ``train``, a line for each thing; with ``dry`` the memory in all its parts.
+def training_plan(
+    config: PPOConfig, data: DataSplits, prompts: PreparedPrompts, rewards: RewardSet, *, dry: bool
+) -> list[str]:
+    """The plan of ``train``, a line for each thing; with ``dry`` the memory in all its parts, and what was left out.
 
-    Raises:
-        DataLoadError: a prompt cannot be used; with ``dry`` every one is looked at.
+    Args:
+        prompts: of ``data.train``, as ``command_line.checks.fitted_prompts`` has them.
     """
-    lengths = prompt_lengths(config, data.train, every=dry)
+    lengths, count = [len(prompt.ids) for prompt in prompts], usable(data, prompts)
     measured = config.replace(max_prompt_length=max(lengths))
-    steps, completions = steps_of(config, data), config.batch_size * config.group_size
-    per_epoch = -(-len(data.train) // config.batch_size)
+    steps, completions = steps_of(config, count), config.batch_size * config.group_size
+    per_epoch = -(-count // config.batch_size)
     passes = f"{config.num_epochs} epochs × {per_epoch} = " if config.num_steps is None else ""
     updates = _counted(updates_per_batch(config), "update")
     lines = [
         ("run", f"{config.algorithm} on {config.model_name}, {_trained(config)}, seed {config.seed}"),
-        ("data", _rows(data, lengths, "prompts")),
+        ("data", _rows(data, lengths, "prompts", count=count, seen=prompts.fitting.seen)),
         ("rewards", ", ".join(f"{n} × {w:g}" for n, w in zip(rewards.names, rewards.weights, strict=True))),
         (
             "steps",
@@ -49,7 +57,7 @@ def training_plan(config: PPOConfig, data: DataSplits, rewards: RewardSet, *, dr
         ("tokens", f"at most {steps * completions * config.max_new_tokens:,} sampled"),
     ]
     if dry:
-        return [*_table(lines), "", *memory_lines(measured)]
+        return [*_table(lines), *str(prompts.fitting).splitlines(), "", *memory_lines(measured)]
     critic = find_algorithm(config.algorithm).needs_critic
     return _table([*lines, ("memory", _memory(predict(model_config(config), measured, critic=critic)))])
 
@@ -65,7 +73,7 @@ def supervised_plan(stage: str, config: SupervisedConfig, data: DataSplits, *, d
     return _table(
         [
             ("run", f"{stage} on {config.model_name}, {_trained(config)}, seed {config.seed}"),
-            ("data", _rows(data, lengths, "rows")),
+            ("data", _rows(data, lengths, "rows", count=len(data.train), seen=len(lengths))),
             (
                 "steps",
                 f"{_counted(config.num_steps, 'step')} of {_counted(config.batch_size, 'row')}, "
@@ -131,11 +139,11 @@ def _trained(config: TrainingConfig) -> str:
     return " and ".join([f"{kind} of rank {config.lora_r}", *([vectors] if length != 0 else [])]) + " train"
 
 
-def _rows(data: DataSplits, lengths: Sequence[int], what: str) -> str:
+def _rows(data: DataSplits, lengths: Sequence[int], what: str, *, count: int, seen: int) -> str:
     span = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(max(lengths))
-    text = f"{len(data.train):,} {what} of {span} tokens"
-    if len(data.train) > len(lengths) == COUNTED_ROWS:
-        text += f" (by the first {COUNTED_ROWS:,})"
+    text = f"{count:,} {what} of {span} tokens"
+    if len(data.train) > seen:
+        text += f" (by the first {seen:,})"
     if data.validation is not None:
         text += f", {len(data.validation):,} for validation"
         if data.leaks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from command_line.config_options import add_config_options, add_override, add_ru
 from command_line.explaining import explained, resolved
 from command_line.parsing import Command, Parser
 from config.loader import Loaded
+from config.older.systems import find_system
 from config.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
@@ -81,13 +83,16 @@ def run(options: argparse.Namespace) -> int:
     if options.explain:
         print(explained(loaded))
         return 0
-    config, rewards, data = _checked(loaded, own_prompts=options.from_system == "mlx-rlhf")
-    from command_line.plan import training_plan
+    from_mlx_rlhf = options.from_system is not None and find_system(options.from_system).name == "mlx-rlhf"
+    config, rewards, data = _checked(loaded, own_prompts=from_mlx_rlhf)
+    from command_line.checks import fitted_prompts
+    from command_line.plan import steps_of, training_plan, usable
 
-    plan = training_plan(config, data, rewards, dry=options.dry_run)
+    prompts = fitted_prompts(config, data.train, every=options.dry_run)
+    plan = training_plan(config, data, prompts, rewards, dry=options.dry_run)
     if config.verbose or options.dry_run:
         print("\n".join(plan), flush=True)
-    return 0 if options.dry_run else _train(config, data)
+    return 0 if options.dry_run else _train(config, data, steps_of(config, usable(data, prompts)))
 
 
 def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig, RewardSet, DataSplits]:
@@ -114,8 +119,7 @@ def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig
     return config, rewards, read_rows(config, "prompts")
 
 
-def _train(config: PPOConfig, data: DataSplits) -> int:
-    from command_line.plan import steps_of
+def _train(config: PPOConfig, data: DataSplits, steps: int) -> int:
     from monitoring.console import StageConsole
     from monitoring.step_log import StepProgress
     from ppo_trainer.ppo_trainer import PPOTrainer
@@ -126,7 +130,7 @@ def _train(config: PPOConfig, data: DataSplits) -> int:
     if data.validation is not None and config.resume is None:
         say(_judged("before", trainer.evaluate(data.validation)))
     if config.verbose:
-        with console.progress(steps_of(config, data), config.algorithm) as progress:
+        with console.progress(steps, config.algorithm) as progress:
             result = trainer.train(data.train, callbacks=[StepProgress(progress)])
     else:
         result = trainer.train(data.train)
@@ -136,7 +140,7 @@ def _train(config: PPOConfig, data: DataSplits) -> int:
         say(_judged("after", trainer.evaluate(data.validation)))
     folder = result["run_folder"]
     say(f"reward {result['avg_reward']:.3f} in the last epoch; metrics, samples and weights are in {folder}")
-    say(f"judge it: python main.py evaluate --checkpoint {folder} --val-path FILE")
+    say(f"judge it: python main.py evaluate --checkpoint {shlex.quote(str(folder))} --val-path FILE")
     return 0
 
 

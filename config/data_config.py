@@ -88,7 +88,8 @@ class DataConfig(Declaration):
     )
     validation_fraction: BelowOne = option(
         default=0.0,
-        meaning="Share of the training rows set aside for validation, all rows of one prompt together; 0 = none.",
+        meaning="Share of the training rows set aside for validation where none are named, all rows of one prompt "
+        "together; 0 = none.",
     )
     prefetch_batches: NonNegativeInt = option(
         default=2, meaning="Batches of rows that a background thread reads ahead; 0 = read when needed."

@@ -94,6 +94,8 @@ def _text(file: Path) -> str:
         raw = file.read_bytes()
     except FileNotFoundError:
         _fail(file, "there is no such file; check the path")
+    except InvalidConfigurationError:  # a ValueError, too
+        raise
     except (OSError, ValueError) as error:  # ValueError: a nul byte in the name
         _fail(file, f"it cannot be read ({getattr(error, 'strerror', None) or error})")
     try:

@@ -23,7 +23,7 @@ from config.declaration import Declaration, nearest, shown
 from config.errors import InvalidConfigurationError
 from config.files import read_settings
 from config.older.names import Translation
-from config.older.systems import SYSTEMS, find_system, recognise
+from config.older.systems import SYSTEMS, find_system, recognise, systems_with
 from config.options import options_of
 from config.ppo_config import PPOConfig
 from config.preset_files import preset_path
@@ -43,6 +43,8 @@ INSTEAD_OF = (
     ("dual_clip", "delta"),
     ("delta", "dual_clip"),
     ("rewards", "reward_weights"),
+    ("lora_layers", "lora_blocks"),
+    ("lora_blocks", "lora_layers"),
 )
 STAGES: tuple[type[Declaration], ...] = (PPOConfig, SFTConfig, RewardModelConfig, PreferenceConfig)
 
@@ -85,7 +87,8 @@ def load_config(
     Args:
         preset: a name of ``config/presets``, several joined by commas, or a list; later ones win.
         files: TOML, YAML or JSON; later ones win.
-        environ: where ``MLX_PPO_LEARNING_RATE`` and the like are looked up; None = the process's own environment.
+        environ: where ``MLX_PPO_LEARNING_RATE`` and the like are looked up, and the variable in which an older system
+            names its file; None = the process's own environment.
         overrides: ``"name=value"``, or pairs of a name and a value (text is read as the option's type). Names may
             have - or _.
         older: the system whose names files and overrides have (``config.older.names.find_system``); None = files
@@ -95,15 +98,27 @@ def load_config(
         InvalidConfigurationError: one sentence with file and line, or variable, or flag; the name; what was found.
     """
     system = find_system(older).name if older is not None else None
-    given: list[Given] = []
+    environ = os.environ if environ is None else environ
+    files = [files] if isinstance(files, (str, Path)) else list(files)
+    given, notes = list[Given](), list[str]()
+    variable = SYSTEMS[system].file_variable if system is not None else None
+    if variable is not None and not files and environ.get(variable):
+        files = [environ[variable]]
+        notes.append(f"environment {variable}: no other file is named, so {environ[variable]} is read")
     for name in _preset_names(preset):
         given += _from_file(cls, preset_path(name), len(given) + 1, None, f"preset {name.strip()}")
-    for file in [files] if isinstance(files, (str, Path)) else files:
-        given += _from_file(cls, Path(file), len(given) + 1, system)
-    given += _from_environment(os.environ if environ is None else environ, len(given) + 1)
+    for file in files:
+        try:
+            given += _from_file(cls, Path(file), len(given) + 1, system)
+        except InvalidConfigurationError as error:
+            if not notes:
+                raise
+            raise InvalidConfigurationError(f"environment {variable}: {error}") from None
+    given += _from_environment(environ, len(given) + 1)
     given += _from_overrides(overrides, len(given) + 1, system)
 
-    ours, notes = _translated(cls, given, strict)
+    ours, said = _translated(cls, given, strict, system)
+    notes += said
     chosen = _chosen(cls, ours, notes)
     origins = {name: default() for name in options_of(cls)} | {n: one.origin for n, one in chosen.items()}
     return Loaded(_built(cls, chosen, origins), origins, notes)
@@ -194,9 +209,12 @@ def _every_name(cls: type[Declaration]) -> set[str]:
 
 
 def _translated(
-    cls: type[Declaration], given: Sequence[Given], strict: bool
+    cls: type[Declaration], given: Sequence[Given], strict: bool, asked_for: str | None
 ) -> tuple[list[Given], list[str]]:
-    """Settings under our names alone, and what there is to say about those that were not."""
+    """Settings under our names alone, and what there is to say about those that were not.
+
+    ``asked_for``: the system whose defaults hold even where nothing of it is given.
+    """
     theirs: dict[str, dict[str, Given]] = {}
     ours, notes, loud = [], list[str](), list[str]()
     for one in sorted(given, key=lambda one: one.rank):
@@ -205,8 +223,10 @@ def _translated(
         else:
             ours.append(one)
     # A system's own defaults stand below everything, its file's or flags' presence being what asks for them.
-    for system in (SYSTEMS[name] for name in dict.fromkeys(one.system for one in given) if name is not None):
-        result: Translation = system.translate(theirs.get(system.name, {}))
+    names = dict.fromkeys([asked_for, *(one.system for one in given)])
+    for system in (SYSTEMS[name] for name in names if name is not None):
+        groups = issubclass(cls, PPOConfig)
+        result: Translation = system.translate(theirs.get(system.name, {}), has_groups=groups)
         ours += result.settings
         if system.preset is not None and issubclass(cls, PPOConfig):
             below = f"{system.title}'s default (preset {system.preset})"
@@ -249,12 +269,18 @@ def _chosen(cls: type[Declaration], given: Sequence[Given], notes: list[str]) ->
     for name, other in INSTEAD_OF:
         if name in ranks and ranks[name] > ranks.get(other, ranks[name]):
             del chosen[other]
+    data, file = chosen.get("dataset_name"), chosen.get("train_path")
+    if data and file and data.rank > file.rank and file.origin.kind != "command line":
+        del chosen["train_path"]  # which would be trained on; of one command line the local file is
     return chosen
 
 
 def _unknown(cls: type[Declaration], one: Given) -> str:
     valid = [*options_of(cls), *(SYSTEMS[one.system].settings if one.system is not None else ())]
-    hint = nearest(one.name, valid) or "; docs/configuration.md has them all"
+    hint = nearest(one.name, valid)
+    if one.system is None and (known := systems_with(one.name)):
+        hint += f"; a name of {', '.join(known)} (--from says that a file or a flag has such names)"
+    hint = hint or "; docs/configuration.md has them all"
     return f'{one.place}: {cls.__name__} has no field "{one.name}"{hint} (found {shown(one.value)})'
 
 

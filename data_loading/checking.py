@@ -18,7 +18,7 @@ from data_loading.histogram import histogram
 from data_loading.loading import SPLIT_FILES, open_source, split_file
 from data_loading.normalising import prompt_key, repeated, shared, text_key
 from data_loading.records import path_of
-from data_loading.rows import Report, Scan
+from data_loading.rows import SENTENCES_KEPT, Report, Scan
 from data_loading.schemas import LOADERS, Row
 from data_loading.token_files import TokenFiles, prefix_of
 from data_loading.token_rows import TokenRows
@@ -184,6 +184,12 @@ def _check_tokens(rows: TokenRows, config: DataConfig) -> CheckReport:
     lengths = {"prompt": rows.prompt_lengths}
     if rows.files.completions is not None:
         lengths["completion"] = rows.files.completions.lengths
+    for row in np.flatnonzero(rows.prompt_lengths == 0).tolist():
+        rows.report.used -= 1
+        rows.report.skipped += 1
+        rows.report.bad_records.append(row)
+        if len(rows.report.problems) < SENTENCES_KEPT:
+            rows.report.problems.append(f"{rows.place(row)}: the prompt is empty")
     return CheckReport(
         rows.report,
         "tokens",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from base_setup.tokenizer_setup import encode, encode_pair, fingerprint
-from config.errors import DataLoadError
+from config.errors import DataLoadError, InvalidConfigurationError
 from config.training_config import TrainingConfig
 from data_loading.json_text import to_json
 from data_loading.loading import load_data
@@ -67,6 +67,10 @@ def preprocess(
     Raises:
         ToolkitError: for rows that cannot be used, or files that cannot be written.
     """
+    if output_val_path is not None and _same_output(output_train_path, output_val_path):
+        raise InvalidConfigurationError(
+            f"output_val_path: {output_val_path} is output_train_path, too, and would take its place; name another"
+        )
     splits = load_data(config, kind)
     notes = [str(splits.train.report)]
     targets = [(output_train_path, splits.train)]
@@ -94,13 +98,20 @@ def preprocess(
     return Preprocessed(outputs, notes)
 
 
+def _same_output(first: str | Path, second: str | Path) -> bool:
+    return Path(first).expanduser().resolve() == Path(second).expanduser().resolve()
+
+
 def _write_text(path: Path, rows: Rows) -> Written:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".writing")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for index, row in enumerate(rows):
-            file.write(to_json(row, rows.place(index)) + "\n")
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for index, row in enumerate(rows):
+                file.write(to_json(row, rows.place(index)) + "\n")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return Written(str(path), len(rows), None)
 
 

@@ -11,7 +11,8 @@ NO_TRACKER = Ignored(
     "trackers such as Weights & Biases are not available yet; every metric goes to metrics.jsonl in the run folder"
 )
 NO_EVALUATION = Ignored(
-    "evaluation during training is not available yet; main.py evaluate judges a finished run"
+    "reinforcement learning is not evaluated while it trains yet (main.py evaluate judges a finished run); the "
+    "supervised stages are, on all validation rows, by eval_every"
 )
 NO_SWITCH = Ignored("there is no such switch; it changes the speed and not what is trained")
 NO_SPECULATION = Ignored(
@@ -58,7 +59,7 @@ def prompts_per_step(
 ) -> Callable[[Values], Iterator[Ours | Said]]:
     """Prompts per pass × passes per step → ``batch_size`` prompts, ``micro_batch_size`` completions a pass.
 
-    ``defaults``: what the system takes for each where it is not given.
+    ``defaults``: what the system takes for each where it is not given. A supervised stage has rows, of one answer each.
     """
 
     def make(values: Values) -> Iterator[Ours | Said]:
@@ -69,12 +70,18 @@ def prompts_per_step(
             values.whole(name, default)
             for name, default in zip((per_pass, passes, group), defaults, strict=True)
         )
-        members = max(members, 1)
+        members = max(members, 1) if values.has_groups else 1
         for name in names:
             if values.whole(name) < 1:
                 values.refuse(name, "at least 1")
         completions = size if counts_completions else size * members
-        prompts = max(completions * count // members, 1)
+        prompts, rest = divmod(completions * count, members)
+        if rest:
+            values.refuse(
+                names[0],
+                f"whole groups ({per_pass} × {passes} = {completions * count} completions, a multiple of {group} = "
+                f"{members})",
+            )
         yield Ours("batch_size", prompts, names)
         if count > 1:
             yield Ours("micro_batch_size", completions, names)

@@ -52,6 +52,7 @@ SYSTEM = System(
     title="MLX-GRPO",
     preset="mlx_grpo_gsm8k",
     headings=frozenset({"mlx_grpo"}),
+    file_variable="MLX_GRPO_CONFIG",
     settings=table(
         (("output_dir", "run_name"), Together(_folder, "`output_dir`, one within the other")),
         (

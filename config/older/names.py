@@ -94,10 +94,11 @@ class Translation(NamedTuple):
 
 
 class Values:
-    """Their settings by name, read with their types."""
+    """Their settings by name, read with their types. ``has_groups``: the stage samples several answers to a prompt."""
 
-    def __init__(self, given: Mapping[str, Given]) -> None:
+    def __init__(self, given: Mapping[str, Given], *, has_groups: bool = True) -> None:
         self.given = given
+        self.has_groups = has_groups
 
     def __contains__(self, name: str) -> bool:
         return name in self.given
@@ -188,14 +189,15 @@ class System:
     headings: frozenset[str] = frozenset()  # of its files
     tables: frozenset[str] = frozenset()  # settings whose value is a table, so no heading
     flags: tuple[Flag, ...] = field(default=())
+    file_variable: str | None = None  # of the environment: names the file where no other is named
 
     def knows(self, name: str) -> bool:
         """Whether the name means something else here, or nothing."""
         return name in self.settings
 
-    def translate(self, given: Mapping[str, Given]) -> Translation:
+    def translate(self, given: Mapping[str, Given], *, has_groups: bool = True) -> Translation:
         """All of ``given`` (by name), none dropped without a word."""
-        values, result = Values(given), Translation([], [], [])
+        values, result = Values(given, has_groups=has_groups), Translation([], [], [])
         made: list[Any] = []
         said: dict[tuple[str, bool], list[str]] = {}
         for name in given:

@@ -36,7 +36,8 @@ def find_system(name: str) -> System:
 def recognise(names: Collection[str], headings: Collection[str], ours: Collection[str]) -> str | None:
     """The system whose file has these names and headings; None for one of ours.
 
-    A heading of theirs decides; else the system that knows most of the names that are not ours.
+    A heading of theirs decides; else the system that knows most of the names that are not ours. Those have to be more
+    than half as many as ours: one name of theirs in a file of ours is a slip, and must not bring their defaults.
     """
     foreign = set(names) - set(ours)
     for system in SYSTEMS.values():
@@ -44,7 +45,12 @@ def recognise(names: Collection[str], headings: Collection[str], ours: Collectio
             return system.name
     known = {name: len(foreign & system.settings.keys()) for name, system in SYSTEMS.items()}
     best = max(known, key=lambda name: known[name])
-    return best if known[best] else None
+    return best if 2 * known[best] > len(set(names) & set(ours)) else None
+
+
+def systems_with(name: str) -> list[str]:
+    """The systems that have a setting of this name."""
+    return [system.name for system in SYSTEMS.values() if system.knows(name)]
 
 
 def older_flags(system: str) -> dict[str, Flag]:

@@ -52,6 +52,12 @@ def _group(values: Values) -> Iterator[Ours | Said]:
         yield Said(("num_generations",), "TRL's default is grpo with loss_type dapo, a mean over tokens")
 
 
+def _prompts(values: Values) -> Iterator[Ours | Said]:
+    members = 8 if "loss_type" in values else 1  # a GRPOConfig's default; PPOConfig has no groups
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+    yield from prompts_per_step(*names, (8, 1, members), counts_completions=True)(values)
+
+
 def _rewards(values: Values) -> Iterator[Ours | Said]:
     yield Ours("rewards", values.given["reward_funcs"].value, ("reward_funcs",))
 
@@ -86,13 +92,7 @@ TRL = System(
         (
             ("per_device_train_batch_size", "gradient_accumulation_steps"),
             Together(
-                prompts_per_step(
-                    "per_device_train_batch_size",
-                    "gradient_accumulation_steps",
-                    "num_generations",
-                    (8, 1, 8),
-                    counts_completions=True,
-                ),
+                _prompts,
                 "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
             ),
         ),
@@ -138,9 +138,23 @@ def _adapters(values: Values) -> Iterator[Ours | Said]:
         scale, rank = given["scale"], given.get("rank", 8)
         if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in (scale, rank)):
             values.refuse("lora_parameters", "a number for rank and for scale")
+        if "rank" not in given:
+            yield Ours("lora_r", rank, names)
         yield Ours("lora_alpha", scale * rank, names)
     if "keys" in given:
         yield Ours("lora_modules", given["keys"], names)
+
+
+def _learned(values: Values, name: str) -> str:
+    return "completion" if values.switch(name) else "text"
+
+
+def _optimiser(values: Values) -> Iterator[Ours | Said]:
+    kind, names = values.text("optimizer"), ("optimizer",)
+    if kind.lower() in ("adam", "adamw"):
+        yield Said(names, "AdamW is the optimiser")
+    else:
+        yield Said(names, f"AdamW is the only optimiser here, in place of {kind}", loud=True)
 
 
 MLX_LM = System(
@@ -171,15 +185,16 @@ MLX_LM = System(
         (
             ("batch_size", "grad_accumulation_steps"),
             Together(
-                prompts_per_step("batch_size", "grad_accumulation_steps", "num_generations"),
+                prompts_per_step("batch_size", "grad_accumulation_steps", "num_generations", (4, 1, 1)),
                 "`batch_size` = both multiplied, in prompts; `micro_batch_size` in completions",
             ),
         ),
-        ("mask_prompt", Ignored("the loss is on completions alone, always")),
+        ("mask_prompt", Renamed("loss_on", _learned)),
         (("train", "test", "config"), Ignored("the subcommand says what is done")),
-        ("optimizer", Ignored("AdamW is the optimiser")),
+        ("optimizer", Together(_optimiser, "– AdamW is the optimiser; another one is **not there**")),
         (("steps_per_report", "report_to", "project_name"), ALWAYS_LOGGED),
-        (("val_batches", "steps_per_eval", "test_batches"), NO_EVALUATION),
+        ("steps_per_eval", same("eval_every")),
+        (("val_batches", "test_batches"), NO_EVALUATION),
         (
             "optimizer_config",
             Missing("options of the optimiser have names of their own: adam_beta1, weight_decay, …"),

@@ -177,3 +177,12 @@ def test_a_config_written_by_a_run_is_one_that_a_run_reads(
     assert again.code == 0, again.err
     first, second = (read_metrics(workplace / f"runs/{run}/metrics.jsonl") for run in "ab")
     assert [line.get("reward") for line in first] == [line.get("reward") for line in second]
+
+
+def test_flags_of_an_older_system_however_it_is_named() -> None:
+    for words in (["--from", "trl"], ["--from=trl"]):
+        assert config(*words, "--num-generations", "4").group_size == 4
+
+
+def test_a_number_below_zero_may_have_an_exponent() -> None:
+    assert config("--entropy-coef", "-1e-3").entropy_coef == -1e-3

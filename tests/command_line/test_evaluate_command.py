@@ -163,3 +163,16 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "final/adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         find_checkpoint(str(tmp_path))
+
+
+def test_every_validation_row_is_judged_however_few_were_trained_on(
+    workplace: Path, command: Callable[..., Any]
+) -> None:
+    words = ("train", "--config", "run.yaml", "--rewards", "well_formed,sequential_digits")
+    trained = command(*words, "--reward-weights", "1,0.5", "--max-samples", "2", "--output-dir", "runs/a")
+    assert trained.code == 0, trained.err
+    done = command("evaluate", "--checkpoint", "runs/a", *VAL)
+    assert done.code == 0, done.err
+    assert len(results(workplace, "a")["validation"]["samples"]) == 6
+    done = command("evaluate", "--checkpoint", "runs/a", *VAL, "--reward", "well_formed")
+    assert done.code == 0, done.err  # the run's two weights are not asked of one reward

@@ -237,3 +237,14 @@ def test_installed_commands_of_mlx_rl_trainer(
     code, out, err = installed(*evaluate, "--benchmark", "human_eval", "gsm8k")
     assert code == 2
     assert "give --benchmark-data human_eval=FILE" in err
+
+
+@pytest.mark.parametrize("name", ["mlx-rlhf", "mlx_rlhf", "MLX-RLHF"])
+def test_a_system_is_the_same_however_it_is_spelled(
+    models: Path, command: Callable[..., Any], name: str
+) -> None:
+    """Its own prompts are part of it: no data are named."""
+    words = ("--model", "embedded", "--lora-layers", "1", "--ground-truth-reward", "--dry-run")
+    done = command("train", "--from", name, *words)
+    assert done.code == 0, done.err
+    assert "data     151 prompts" in done.out

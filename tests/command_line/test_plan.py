@@ -107,3 +107,34 @@ def test_the_memory_of_supervised_stages_is_near_what_mlx_counts(cls: Any, kind:
     trainer.train(rows)
     measured = mx.get_peak_memory() - start
     assert 1 / 2 < supervised_memory(config, 128).peak / measured < 2
+
+
+def test_a_plan_counts_the_prompts_that_are_left(workplace: Path, command: Callable[..., Any]) -> None:
+    """One of 4 is too long."""
+    rows = [{"prompt": "1"}, {"prompt": "12345"}, {"prompt": "2"}, {"prompt": "3"}]
+    write_rows(workplace / "p.jsonl", rows)
+    words = ("train", "--model-name", "embedded", "--train-path", "p.jsonl", "--max-prompt-length", "4")
+    done = command(*words, "--prompt-overflow", "drop", "--batch-size", "1", "--num-epochs", "2", "--dry-run")
+    assert "data     3 prompts of 1 tokens" in done.out
+    assert "2 epochs × 3 = 6 steps" in done.out
+    assert "1 of 4 prompts have more than 4 tokens (max_prompt_length): they were left out" in done.out
+    done = command(*words, "--prompt-overflow", "keep_end", "--dry-run")
+    assert "data     4 prompts" in done.out
+    assert "their last 4 were kept" in done.out
+
+
+def test_a_prompt_that_no_template_takes_is_skipped_where_rows_may_be(
+    workplace: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import command_line.checks as checks
+
+    tokenizer = checks.byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    monkeypatch.setattr(checks, "byte_tokenizer", lambda: tokenizer)
+    write_rows(workplace / "p.jsonl", [{"prompt": "1"}, {"prompt": [{"role": "user", "content": "2"}]}])
+    words = ("train", "--model-name", "embedded", "--train-path", "p.jsonl", "--dry-run")
+    assert command(*words).code == 1
+    done = command(*words, "--on-bad-row", "skip")
+    assert done.code == 0, done.err
+    assert "data     1 prompts" in done.out
+    assert "p.jsonl:2: " in done.out

@@ -138,3 +138,23 @@ def test_words_of_older_systems_find_their_commands(capsys: pytest.CaptureFixtur
         code, out, _ = run(capsys, word.replace("-", "_"), "--help")
         assert code == 0
         assert f"usage: main.py {name} " in out
+
+
+def test_the_demo_ignores_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--algorithm", "grpo"], ["--batch-size", "0"], ["--full"]):
+        code, out, err = run(capsys, *words)
+        assert (code, out) == (2, "")
+        assert f"{words[0]}: the demo has no use for it; add --dry-run" in err
+
+
+def test_a_written_config_is_text_and_its_next_command_can_be_pasted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a b.yaml"
+    words = ("generate-config", "--data-path", "x.jsonl", "--output", str(path), "--model-path")
+    code, _, err = run(capsys, *words, "a\udcff")
+    assert (code, path.exists()) == (2, False)
+    assert "no UTF-8" in err
+    code, out, _ = run(capsys, *words, "embedded")
+    assert code == 0
+    assert f"train --config '{path}' --dry-run" in out

@@ -238,3 +238,9 @@ def _config_or_sentence(path: Path) -> None:
     """Any other exception than ours fails the test."""
     with contextlib.suppress(InvalidConfigurationError):
         load_config(PPOConfig, files=path, environ={})
+
+
+def test_a_folder_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigurationError) as caught:
+        read_settings(tmp_path, lambda name: False)
+    assert str(caught.value) == f"{tmp_path}: this is a folder; a configuration file is expected"

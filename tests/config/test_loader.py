@@ -115,6 +115,17 @@ def test_what_is_set_in_place_of_something_else_replaces_it(tmp_path: Path) -> N
     assert (config.rewards, config.reward_weights) == (["a", "b"], [3.0, 4.0])
 
 
+def test_a_data_set_named_later_is_not_lost_to_a_file_named_before(tmp_path: Path) -> None:
+    (file,) = write(tmp_path, a_toml="train_path = 'a.jsonl'\nlora_layers = 4\n")
+    config = load_config(
+        PPOConfig, files=file, environ={}, overrides=["dataset_name=a/b", "lora_blocks=0-3"]
+    ).config
+    assert (config.train_path, config.dataset_name) == (None, "a/b")
+    assert (config.lora_layers, config.lora_blocks) == (-1, "0-3")
+    both = load_config(PPOConfig, environ={}, overrides=["train_path=a.jsonl", "dataset_name=a/b"]).config
+    assert both.train_path == "a.jsonl"  # of one command line the local file is trained on
+
+
 def test_none_in_a_toml_file(tmp_path: Path) -> None:
     (file,) = write(tmp_path, a_toml='max_grad_norm = "none"\nkl_placement = "none"\n')
     config = load_config(PPOConfig, files=file, environ={}).config

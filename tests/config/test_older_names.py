@@ -487,3 +487,91 @@ def test_ours_and_theirs_for_one_option_are_refused(tmp_path: Path) -> None:
     file.write_text("beta: 0.1\nkl_coef: 0.2\n", encoding="utf-8")
     with pytest.raises(InvalidConfigurationError, match=r"sets kl_coef, which .* sets too"):
         load_config(PPOConfig, files=file, environ={})
+
+
+def test_a_supervised_stage_has_rows_and_no_groups() -> None:
+    """8 rows a pass × 2 passes are 16 rows a step; TRL's default of 8 completions to a prompt is GRPO's alone."""
+    theirs = {"per_device_train_batch_size": "8", "gradient_accumulation_steps": "2"}
+    for cls in (SFTConfig, RewardModelConfig, PreferenceConfig):
+        config = load("trl", cls, **theirs).config
+        assert (config.batch_size, config.micro_batch_size) == (16, 8)
+    assert load("mlx-grpo-gsm8k", SFTConfig, batch_size="2").config.micro_batch_size == 2
+    config = load("trl", **theirs).config  # its PPO has no groups either
+    assert (config.batch_size, config.micro_batch_size, config.group_size) == (16, 8, 1)
+    assert load("trl", **theirs, loss_type="grpo").config.batch_size == 2  # 16 completions, 8 to a prompt
+
+
+def test_half_a_group_is_refused() -> None:
+    with pytest.raises(InvalidConfigurationError, match=r"whole groups \(.* = 6 completions, .* = 4\)"):
+        load("trl", per_device_train_batch_size="6", num_generations="4")
+
+
+def test_what_an_mlx_lm_file_leaves_out_is_mlx_lms_where_it_counts_together() -> None:
+    """Its batch is 4 rows and its rank 8: 2 passes are 8 rows, and a scale of 20 is alpha 160 over 8."""
+    assert load("mlx-lm", SFTConfig, grad_accumulation_steps="2").config.batch_size == 8
+    config = load("mlx-lm", SFTConfig, lora_parameters='{"scale": 20.0}').config
+    assert (config.lora_r, config.lora_alpha, config.lora_scale) == (8, 160.0, 20.0)
+
+
+@pytest.mark.parametrize(("value", "learned"), [("false", "text"), ("true", "completion")])
+def test_mlx_lms_mask_prompt_says_what_is_learned(value: str, learned: str) -> None:
+    assert load("mlx-lm", SFTConfig, mask_prompt=value).config.loss_on == learned
+
+
+def test_validations_of_a_supervised_stage_are_kept() -> None:
+    for system in ("mlx-lm", "mlx-rlhf"):
+        assert load(system, SFTConfig, steps_per_eval="200").config.eval_every == 200
+
+
+def test_another_optimiser_is_said_loudly() -> None:
+    assert not any(n.startswith("WARNING") for n in load("mlx-lm", SFTConfig, optimizer="adamw").notes)
+    (loud,) = (n for n in load("mlx-lm", SFTConfig, optimizer="sgd").notes if n.startswith("WARNING"))
+    assert "in place of sgd" in loud
+
+
+def test_one_name_of_theirs_does_not_make_a_file_theirs(tmp_path: Path) -> None:
+    """With MLX RL Trainer's defaults would come its rewards and its unclipped surrogate."""
+    file = tmp_path / "a.yaml"
+    file.write_text("train_path: a\ngroup_size: 4\nalgorithm: grpo\nlora_rank: 8\n", encoding="utf-8")
+    with pytest.raises(
+        InvalidConfigurationError, match=r'a\.yaml:4: .* mean "lora_r"\?; a name of mlx-rl-trainer'
+    ):
+        load_config(PPOConfig, files=file, environ={})
+
+
+def test_the_variable_that_names_mlx_grpos_file(tmp_path: Path) -> None:
+    file, other = tmp_path / "prod.toml", tmp_path / "other.toml"
+    file.write_text("num_generations = 16\n", encoding="utf-8")
+    other.write_text("num_generations = 4\n", encoding="utf-8")
+    environ = {"MLX_GRPO_CONFIG": str(file)}
+
+    def read(older: str | None = "mlx-grpo-gsm8k", **more: Any) -> Loaded[PPOConfig]:
+        return load_config(PPOConfig, environ=environ, older=older, **more)
+
+    loaded = read()
+    assert (loaded.config.group_size, str(loaded.origins["group_size"])) == (
+        16,
+        f"{file}:1 (num_generations)",
+    )
+    assert loaded.notes[0] == f"environment MLX_GRPO_CONFIG: no other file is named, so {file} is read"
+    assert read(overrides=["num_generations=8"]).config.group_size == 8
+    assert read(files=other).config.group_size == 4  # a file that is named
+    assert not any("MLX_GRPO_CONFIG" in note for note in read(files=other).notes)
+    assert read(older=None).config.group_size == 1  # of another system, it is nobody's
+    assert read(older="mlx-grpo").config.group_size == 2
+    environ["MLX_GRPO_CONFIG"] = ""
+    assert read().config.group_size == 64
+    environ["MLX_GRPO_CONFIG"] = str(tmp_path / "gone.toml")
+    with pytest.raises(
+        InvalidConfigurationError, match=r"MLX_GRPO_CONFIG: .*gone\.toml: there is no such file"
+    ):
+        read()
+
+
+@pytest.mark.parametrize("system", ["mlx-grpo", "mlx-grpo-gsm8k", "mlx-rlhf", "mlx-rl-trainer"])
+def test_a_system_that_is_named_alone_has_its_defaults(system: str) -> None:
+    """``train --from mlx-grpo-gsm8k`` is a whole command line."""
+    loaded = load_config(PPOConfig, environ={}, older=system)
+    preset = load_config(PPOConfig, environ={}, preset=system.replace("-", "_")).config
+    assert loaded.config == preset
+    assert len(loaded.notes) == 1

@@ -143,3 +143,13 @@ def test_a_histogram_counts_every_value_once() -> None:
         lines = histogram(np.arange(low, high + 1))
         assert sum(int(line.split()[1]) for line in lines) == high - low + 1
         assert len(lines) <= 11
+
+
+def test_an_empty_tokenised_prompt_is_a_bad_row(tmp_path: Path) -> None:
+    """Training refuses it, so a check says so."""
+    np.save(tmp_path / "t_prompts.npy", np.array([7, 8], dtype=np.int32))
+    np.save(tmp_path / "t_prompts_offsets.npy", np.array([0, 2, 2]))
+    report = check_file(tmp_path / "t")
+    assert not report.ok
+    assert "2 (1 usable, 1 bad)" in str(report)
+    assert "row 2: the prompt is empty" in str(report)

@@ -60,3 +60,10 @@ def test_what_is_written_is_read_back() -> None:
     for value in (float("nan"), b"bytes", object()):
         with pytest.raises(DataLoadError, match=r"^row 1: cannot be written as JSON"):
             to_json({"a": value}, "row 1")
+
+
+def test_a_field_given_twice_is_found_among_many_at_once() -> None:
+    """Linear: 200,000 fields compared with each other would take minutes."""
+    fields = ",".join(f'"k{i}":1' for i in range(200_000))
+    with pytest.raises(BadRowError, match='the field "k199999" is there twice'):
+        parse_object(f'{{{fields},"k199999":1}}')

@@ -323,3 +323,22 @@ def test_ragged_rows_by_hand() -> None:
     assert ragged.offsets.tolist() == [0, 2, 2, 3]
     assert ragged.lengths.tolist() == [2, 0, 1]
     assert [row.tolist() for row in ragged] == [[1, 2], [], [3]]
+
+
+def test_both_outputs_of_preprocess_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
+    config = TrainingConfig(train_path=str(tmp_path / "a.jsonl"), validation_fraction=0.5)
+    for other in (tmp_path / "o.jsonl", tmp_path / "x" / ".." / "o.jsonl"):
+        with pytest.raises(InvalidConfigurationError, match=r"output_val_path: .* would take its place"):
+            preprocess(config, tmp_path / "o.jsonl", other, tokenizer=TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": ["a"], "x": [float("nan")]}).to_parquet(str(tmp_path / "a.parquet"))
+    config = TrainingConfig(train_path=str(tmp_path / "a.parquet"))
+    with pytest.raises(DataLoadError, match="cannot be written as JSON"):
+        preprocess(config, tmp_path / "o.jsonl", tokenizer=TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
