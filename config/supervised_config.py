@@ -78,13 +78,35 @@ class SFTConfig(SupervisedConfig):
 
 
 @declared
-class RewardModelConfig(SupervisedConfig):
-    """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers, or on answers with scores."""
+class ProcessRewardConfig(SupervisedConfig):
+    """Options of ``ProcessRewardTrainer``: a score for each step of an answer, from steps labelled right or wrong."""
+
+    num_steps: PositiveInt = option(
+        section="batches", default=200, meaning="Optimiser steps; a step sees batch_size answers."
+    )
+    step_separator: Annotated[str, Field(min_length=1)] = option(
+        section="steps",
+        default="\n",
+        meaning="Text that ends each step of an answer; the score is read at its last token.",
+    )
+    step_reward: Literal["min", "product", "mean", "last"] = option(
+        default="min",
+        meaning="What makes one reward of the probabilities that its steps are right: the least, their product, their "
+        "mean, or the last.",
+    )
+
+
+@declared
+class RewardModelConfig(ProcessRewardConfig):
+    """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers, or on answers with scores.
+
+    ``main.py reward-model`` gives it to ``ProcessRewardTrainer``, too, where rows have labelled steps.
+    """
 
     num_steps: PositiveInt = option(
         section="batches",
         default=200,
-        meaning="Optimiser steps; a step sees batch_size pairs, ranked lists or scored answers.",
+        meaning="Optimiser steps; a step sees batch_size pairs, ranked lists, scored answers, or answers in steps.",
     )
     pairing: Literal["lists", "random", "nearest"] = option(
         section="scores",
@@ -103,20 +125,6 @@ class RewardModelConfig(SupervisedConfig):
     centering: NonNegativeFloat = option(
         default=0.0,
         meaning="Weight of the squared sum of a pair's two scores, which keeps scores around 0; 0.01 is usual.",
-    )
-
-
-@declared
-class ProcessRewardConfig(SupervisedConfig):
-    """Options of ``ProcessRewardTrainer``: a score for each step of an answer, from steps labelled right or wrong."""
-
-    num_steps: PositiveInt = option(
-        section="batches", default=200, meaning="Optimiser steps; a step sees batch_size answers."
-    )
-    step_separator: Annotated[str, Field(min_length=1)] = option(
-        section="scores",
-        default="\n",
-        meaning="Text that ends each step of an answer; the score is read at its last token.",
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from config.errors import ModelLoadError
+from config.errors import InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
+from models.process_reward_model import STEP_REWARDS, ProcessRewardModel, is_process_reward_model
 from models.reward_model import SETTINGS, RewardModel
 from models.sequence_classifier import SequenceClassifier, is_classifier
 from models.sft_model import LanguageModel
@@ -44,7 +45,10 @@ def _resolved(part: Any, base: LanguageModel | None) -> Any:
     name = part.get("name") if isinstance(part, Mapping) else part
     if isinstance(name, str) and (name.startswith(LEARNED) or _is_learned(name)):
         folder = Path(name.removeprefix(LEARNED)).expanduser()
-        part = _by_name_only(folder) if base is None else _load(folder, base)
+        _check_folder(folder)
+        options = dict(part.get("config") or {}) if isinstance(part, Mapping) else {}
+        _check_options(folder, options)
+        part = _by_name_only(folder) if base is None else _load(folder, base, options)
     if isinstance(part, RewardModel) and base is not None:
         return part.for_tokenizer(base.tokenizer)
     return resolve(part)
@@ -56,20 +60,42 @@ def _is_learned(name: str) -> bool:
     return (folder / SETTINGS).is_file() or (folder.is_dir() and is_classifier(folder))
 
 
-def _by_name_only(folder: Path) -> Callable[..., list[float]]:
+def _check_folder(folder: Path) -> None:
     if not (folder / SETTINGS).is_file() and not is_classifier(folder):
         raise ModelLoadError(
             f'reward: "{LEARNED}{folder}" is no folder of a reward model; expected is one that RewardModel.save wrote '
             f"({SETTINGS}), or a checkpoint of an architecture …ForSequenceClassification (config.json)"
         )
 
+
+def _check_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """A learned reward has no options but ``step_reward``, where it scores steps."""
+    known = ("step_reward",) if (folder / SETTINGS).is_file() and is_process_reward_model(folder) else ()
+    for name, value in options.items():
+        if name not in known:
+            there = " (there is: step_reward)" if known else ", which has no options"
+            raise InvalidConfigurationError(f'reward: "{name}" is no option of {folder}{there}; leave it out')
+        if value not in STEP_REWARDS:
+            raise InvalidConfigurationError(
+                f"reward: step_reward of {folder} is one of {', '.join(STEP_REWARDS)}, found {value!r:.40}"
+            )
+
+
+def _by_name_only(folder: Path) -> Callable[..., list[float]]:
     def reward_model(completions: list[Any]) -> list[float]:
         raise ModelLoadError(f"reward: {folder} has not been loaded")
 
     return reward_model
 
 
-def _load(folder: Path, base: LanguageModel) -> RewardModel | SequenceClassifier:
-    if (folder / SETTINGS).is_file():
-        return RewardModel.load(folder, base if RewardModel.base_name(folder) == base.name else None)
-    return SequenceClassifier.load(folder)
+def _load(
+    folder: Path, base: LanguageModel, options: Mapping[str, Any]
+) -> RewardModel | ProcessRewardModel | SequenceClassifier:
+    if not (folder / SETTINGS).is_file():
+        return SequenceClassifier.load(folder)
+    shared = base if RewardModel.base_name(folder) == base.name else None
+    if not is_process_reward_model(folder):
+        return RewardModel.load(folder, shared)
+    model = ProcessRewardModel.load(folder, shared)
+    model.step_reward = options.get("step_reward", model.step_reward)
+    return model

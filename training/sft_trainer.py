@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from base_setup.lora_setup import fuse_adapters
 from config.errors import DataLoadError
@@ -43,6 +44,11 @@ class SFTTrainer:
                 f"packing: sequences that share a row would see each other in this architecture "
                 f"({type(self.policy.model).__module__}); each has a row of its own"
             )
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.policy.model
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Rows with ``prompt`` (a text or a chat) and ``completion``, or with one ``text``, as tokens.
