@@ -16,7 +16,13 @@ from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
 from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
-from config.supervised_config import PreferenceConfig, RewardModelConfig, SFTConfig, SupervisedConfig
+from config.supervised_config import (
+    NO_PACKED_SOFT_PROMPT,
+    PreferenceConfig,
+    RewardModelConfig,
+    SFTConfig,
+    SupervisedConfig,
+)
 from config.training_config import TrainingConfig
 from data_loading.loading import DataSplits, load_data, load_prompts
 from data_loading.prepared_prompts import PreparedPrompts
@@ -172,6 +178,14 @@ def _row_length(tokenizer: Any, row: Mapping[str, Any], config: SupervisedConfig
     if isinstance(config, PreferenceConfig) and not pairs[0][0]:
         raise DataLoadError("the prompt is empty")
     return max(len(prompt) + len(answer) for prompt, answer in pairs)
+
+
+def check_packing(config: SFTConfig) -> None:
+    """Refuse to pack rows for an adapter that brings a soft prompt."""
+    if config.packing and config.adapter_path is not None:
+        folder = Path(config.adapter_path).expanduser()
+        if read_description(folder).get("soft_prompt_tokens"):
+            raise InvalidConfigurationError(f"{NO_PACKED_SOFT_PROMPT} (adapter_path: {folder} has one)")
 
 
 def check_rewards_differ(config: RewardModelConfig, rows: Any) -> None:

@@ -121,6 +121,12 @@ def _sft_trainer(base: Any, config: Any) -> Any:
     return SFTTrainer(base, config)
 
 
+def _check_sft(config: Any, rows: Any) -> None:
+    from command_line.checks import check_packing
+
+    check_packing(config)
+
+
 def _judge_sft(trainer: Any, metrics: dict[str, float], rows: Any, folder: Path) -> Lines:
     loss, perplexity = metrics["validation/loss"], metrics["validation/perplexity"]
     return [f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.4g}"]
@@ -194,7 +200,9 @@ def _by_rows(config: Any) -> Stage:
     return PROCESS_REWARD_STAGE if named and has_steps(config) else REWARD_MODEL_STAGE
 
 
-SFT_STAGE = Stage("sft", SFTConfig, "pairs", {"loss": "loss"}, _sft_trainer, _judge_sft, save_policy)
+SFT_STAGE = Stage(
+    "sft", SFTConfig, "pairs", {"loss": "loss"}, _sft_trainer, _judge_sft, save_policy, _check_sft
+)
 REWARD_MODEL_STAGE = Stage(
     "reward-model",
     RewardModelConfig,

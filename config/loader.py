@@ -94,7 +94,7 @@ def load_config(
     Raises:
         InvalidConfigurationError: one sentence with file and line, or variable, or flag; the name; what was found.
     """
-    system = find_system(older).name if older is not None else None
+    system = find_system(older, cls.__name__).name if older is not None else None
     given: list[Given] = []
     for name in _preset_names(preset):
         given += _from_file(cls, preset_path(name), len(given) + 1, None, f"preset {name.strip()}")
@@ -128,7 +128,7 @@ def _from_file(
     if system is None and preset is None:
         names = {_plain(one.name) for one in settings}
         headings = {_plain(heading) for one in settings for heading in one.headings}
-        system = recognise(names, headings, _every_name(cls))
+        system = recognise(names, headings, _every_name(cls), cls.__name__)
     found: dict[str, Given] = {}
     for one in settings:
         place = str(path) if one.line is None else f"{path}:{one.line}"

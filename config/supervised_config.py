@@ -28,6 +28,12 @@ READ_BY = {
 }
 
 
+NO_PACKED_SOFT_PROMPT = (
+    "packing: a soft prompt stands before every example, and packed examples would share one and be at another "
+    "distance from it; leave packing out, or train without a soft prompt"
+)
+
+
 @declared
 class SupervisedConfig(TrainingConfig):
     """What the supervised stages share."""
@@ -73,8 +79,14 @@ class SFTConfig(SupervisedConfig):
         default=False,
         meaning="Put several examples of a batch into one row of up to max_sequence_length tokens, none of which sees "
         "another: less padding, the same gradient. Where the architecture cannot, rows stay as they are, which is "
-        "said.",
+        "said. Not together with a soft prompt, which each example would need for itself.",
     )
+
+    @model_validator(mode="after")
+    def _each_example_has_the_soft_prompt_before_it(self) -> SFTConfig:
+        if self.packing and self.soft_prompt_length != 0:
+            raise ValueError(NO_PACKED_SOFT_PROMPT)
+        return self
 
 
 @declared

@@ -131,15 +131,6 @@ class RewardModel:
         settings["config"] = self.config.as_dict()
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    @staticmethod
-    def base_name(folder: str | Path) -> str | None:
-        """The base model that a saved reward model is an adapter of; None where the folder does not say."""
-        try:
-            settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
-            return str(settings["config"]["model_name"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> RewardModel:
         """Read what :meth:`save` wrote; ``base`` spares loading the base model again.
