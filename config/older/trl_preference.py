@@ -8,7 +8,6 @@ from config.older.meanings import (
     ALWAYS_LOGGED,
     NO_SWITCH,
     NO_TRACKER,
-    adapters_or_all,
     prompts_per_step,
     same,
     table,
@@ -38,7 +37,8 @@ def _algorithm(values: Values) -> Iterator[Ours | Said]:
         return
     if kind == "simpo":
         yield Ours("algorithm", "simpo", ("loss_type",))
-        yield Ours("target_margin", values.number("simpo_gamma", 0.5), ("simpo_gamma", "loss_type"))
+        named = values.present("simpo_gamma") or ("loss_type",)
+        yield Ours("target_margin", values.number("simpo_gamma", 0.5), named)
         if "beta" not in values:
             yield Ours("preference_beta", 0.1, ("loss_type",))  # theirs; ours is the paper's 2
         if nll != 0:
@@ -75,8 +75,9 @@ def _dropout(values: Values) -> Iterator[Ours | Said]:
 def _adapters(values: Values) -> Iterator[Ours | Said]:
     names = values.present("use_peft", "use_dora")
     if "use_peft" in values:
-        yield from adapters_or_all(Values({"use_lora": values.given["use_peft"]}))
-    if "use_dora" in values and values.switch("use_dora"):
+        kind = "dora" if values.switch("use_dora") else "lora"
+        yield Ours("fine_tune_type", kind if values.switch("use_peft") else "full", names)
+    elif values.switch("use_dora"):
         yield Ours("fine_tune_type", "dora", names)
 
 
