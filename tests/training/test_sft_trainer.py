@@ -334,7 +334,7 @@ def test_packed_rows_and_a_soft_prompt_are_refused(base: LanguageModel, tmp_path
 def test_the_head_sees_learned_tokens_alone_a_chunk_at_a_time(
     base: LanguageModel, monkeypatch: pytest.MonkeyPatch, packing: bool, kind: str
 ) -> None:
-    """No (B, T, V) is ever made: the logits of a call are at most a chunk, and of all calls those of 31 tokens."""
+    """No (B, T, V) is ever made: a call has at most a chunk of logits, and all calls have those of learned tokens."""
     from token_attribution import vocabulary
 
     monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 4 * 259)
@@ -353,7 +353,9 @@ def test_the_head_sees_learned_tokens_alone_a_chunk_at_a_time(
     assert learned < sum(len(example.ids) for example in examples)
     loss = trainer.loss(MIXED)
     assert max(seen) <= 4
-    assert sum(seen) == learned
+    assert (
+        learned <= sum(seen) <= learned + 3
+    )  # each of three batches asks one state how wide the vocabulary is
     seen.clear()
     gradient_of(trainer, MIXED)
     assert max(seen) <= 4
