@@ -85,6 +85,7 @@ GROUPS = "tests/advantage/test_group_relative.py"
 SUMS = "tests/advantage/test_discounted_sums.py"
 VALUES = "tests/training/test_value_loss.py"
 PREFERENCES = "tests/training/test_preference_loss.py"
+ALGORITHMS = "tests/training/test_preference_algorithms.py"
 CORRECTION = "tests/training/test_importance_correction.py"
 ALGORITHMS = "tests/ppo_trainer/test_algorithms.py"
 OPTIONS = "tests/ppo_trainer/test_update_options.py"
@@ -841,6 +842,118 @@ MUTANTS = (
         "last = mx.take_along_axis(states, lengths[:, None, None] - 1, axis=1)[:, 0]  # (B, D)",
         "last = states[:, -1]  # (B, D)",
         "tests/models/test_value_and_reward.py tests/training/test_reward_trainer.py",
+    ),
+    Mutant(
+        15,
+        "dpo-sign",
+        "training/preference_algorithms.py",
+        "log_ratio_worth(chosen, options) - log_ratio_worth(rejected, options)",
+        "log_ratio_worth(rejected, options) - log_ratio_worth(chosen, options)",
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "labels-smoothed-the-wrong-way",
+        "training/preference_algorithms.py",
+        "(1 - smoothing) * losses + smoothing * minus_log_sigmoid(-lead)",
+        "smoothing * losses + (1 - smoothing) * minus_log_sigmoid(-lead)",
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "preference-without-reference",
+        "training/preference_algorithms.py",
+        'return implicit_reward(answers.logprobs, answers.ref_logprobs, options["preference_beta"])',
+        'return options["preference_beta"] * answers.logprobs',
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "ipo-target-sign",
+        "training/preference_algorithms.py",
+        "mx.square(lead - 1 / (2 *",
+        "mx.square(lead + 1 / (2 *",
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "simpo-not-by-length",
+        "training/preference_algorithms.py",
+        'return options["preference_beta"] * mean_logprob(answers)',
+        'return options["preference_beta"] * answers.logprobs',
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "simpo-margin-added",
+        "training/preference_algorithms.py",
+        'minus_log_sigmoid(lead - options["target_margin"])',
+        'minus_log_sigmoid(lead + options["target_margin"])',
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "orpo-not-by-length",
+        "training/preference_algorithms.py",
+        "return log_odds(mean_logprob(answers))",
+        "return log_odds(answers.logprobs)",
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "orpo-sign",
+        "training/preference_algorithms.py",
+        'options["preference_beta"] * minus_log_sigmoid(lead)',
+        'options["preference_beta"] * minus_log_sigmoid(-lead)',
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "cpo-nll-sign",
+        "training/preference_algorithms.py",
+        'minus_log_sigmoid(lead) - options["nll_weight"]',
+        'minus_log_sigmoid(lead) + options["nll_weight"]',
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "kto-labels-exchanged",
+        "training/preference_algorithms.py",
+        "mx.where(desirable, good, bad)",
+        "mx.where(desirable, bad, good)",
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "kto-gradient-through-the-kl",
+        "training/preference_algorithms.py",
+        "beta * mx.stop_gradient(baseline)",
+        "beta * baseline",
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "kto-kl-below-zero",
+        "training/preference_algorithms.py",
+        "mx.maximum(mx.mean(logprobs - ref_logprobs), 0.0)",
+        "mx.mean(logprobs - ref_logprobs)",
+        ALGORITHMS,
+    ),
+    Mutant(
+        15,
+        "kto-kl-of-own-answers",
+        "training/preference_trainer.py",
+        "moved = [*answers[1:], *answers[:1]]",
+        "moved = answers",
+        "tests/training/test_preference_trainer.py",
+    ),
+    Mutant(
+        15,
+        "step-read-a-token-early",
+        "models/process_reward_model.py",
+        "marks.append(len(ids) - 1)",
+        "marks.append(len(ids) - 2)",
+        "tests/training/test_process_reward_trainer.py",
     ),
     # 16
     Mutant(

@@ -19,14 +19,22 @@ from base_setup.tokenizer_setup import byte_tokenizer, encode_pair
 from base_setup.untrusted import check_model_folder
 from config.errors import CheckpointError, DataLoadError, InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
-from config.supervised_config import SupervisedConfig
+from config.supervised_config import (
+    NO_PACKED_SOFT_PROMPT,
+    PreferenceConfig,
+    RewardModelConfig,
+    SFTConfig,
+    SupervisedConfig,
+)
 from config.training_config import TrainingConfig
 from data_loading.loading import DataSplits, load_data, load_prompts
 from data_loading.prepared_prompts import PreparedPrompts
 from data_loading.schemas import Kind
 from examples.digits_data import DIFFERENT_PROMPTS, digit_prompts
+from models.process_reward_model import encode_steps
 from models.sft_model import EMBEDDED, build_embedded, existing_model, has_pickled_tokenizer
 from monitoring.run_folder import refuse_used
+from training.sft_rows import encode_example
 from training.supervised import place_of
 
 #: Rows of a large file whose tokens are counted before a run; a dry run, and a smaller file, counts them all.
@@ -136,7 +144,8 @@ def fitted_prompts(config: PPOConfig, rows: Any, *, every: bool) -> PreparedProm
 
 
 def row_lengths(config: SupervisedConfig, rows: Any, *, every: bool) -> list[int]:
-    """Tokens of prompt and (longest) answer of each row; of a large file's first ones, unless ``every``.
+    """Tokens of prompt and (longest) answer of each row, encoded as the stage encodes them; of a large file's first
+    ones, unless ``every``.
 
     Raises:
         DataLoadError: a row that cannot be used, or is too long.
@@ -145,7 +154,7 @@ def row_lengths(config: SupervisedConfig, rows: Any, *, every: bool) -> list[int
     lengths = []
     for i in range(len(rows) if every else min(len(rows), COUNTED_ROWS)):
         try:
-            length = _row_length(tokenizer, rows[i])
+            length = _row_length(tokenizer, rows[i], config)
         except DataLoadError as error:
             raise DataLoadError(f"{place_of(rows, i, 'rows')}: {error}") from error
         if length > limit:
@@ -157,6 +166,48 @@ def row_lengths(config: SupervisedConfig, rows: Any, *, every: bool) -> list[int
     return lengths
 
 
-def _row_length(tokenizer: Any, row: Mapping[str, Any]) -> int:
-    answers = [side for side in ("chosen", "rejected") if side in row] or ["completion"]
-    return max(sum(map(len, encode_pair(tokenizer, row, answer))) for answer in answers)
+def _row_length(tokenizer: Any, row: Mapping[str, Any], config: SupervisedConfig) -> int:
+    if isinstance(config, SFTConfig):
+        return len(encode_example(tokenizer, row, config.loss_on).ids)
+    if isinstance(config, RewardModelConfig) and "steps" in row:
+        return len(encode_steps(tokenizer, row["prompt"], row["steps"], config.step_separator)[0])
+    if "completions" in row:
+        pairs = [encode_pair(tokenizer, {**row, "answer": one}, "answer") for one in row["completions"]]
+    else:
+        sides = [side for side in ("chosen", "rejected") if side in row] or ["completion"]
+        pairs = [encode_pair(tokenizer, row, side) for side in sides]
+    if isinstance(config, PreferenceConfig) and not pairs[0][0]:
+        raise DataLoadError("the prompt is empty")
+    return max(len(prompt) + len(answer) for prompt, answer in pairs)
+
+
+def check_packing(config: SFTConfig) -> None:
+    """Refuse to pack rows for an adapter that brings a soft prompt."""
+    if config.packing and config.adapter_path is not None:
+        folder = Path(config.adapter_path).expanduser()
+        if read_description(folder).get("soft_prompt_tokens"):
+            raise InvalidConfigurationError(f"{NO_PACKED_SOFT_PROMPT} (adapter_path: {folder} has one)")
+
+
+def check_rewards_differ(config: RewardModelConfig, rows: Any) -> None:
+    """Refuse scored answers that are all as good as each other."""
+    if "reward" in rows[0] and all(row["reward"] == rows[0]["reward"] for row in rows):
+        raise DataLoadError(
+            f"{rows.report.name}: the reward of all {len(rows)} answers is {rows[0]['reward']:g}, so there is nothing "
+            "to compare; give answers that differ in it"
+        )
+
+
+def check_preferences(config: PreferenceConfig, rows: Any) -> None:
+    """Refuse single answers where pairs are learned from, and a single prompt where others are needed."""
+    if config.algorithm != "kto":
+        if "completion" in rows[0]:
+            raise DataLoadError(
+                f"{rows.place(0)}: {config.algorithm} learns from pairs, and this is a single answer with a label or a "
+                "reward; give chosen and rejected, or --algorithm kto"
+            )
+    elif all(row["prompt"] == rows[0]["prompt"] for row in rows):
+        raise DataLoadError(
+            f"{rows.report.name}: kto measures its KL on each other's prompts, and there is one prompt only; at least "
+            "two are needed"
+        )

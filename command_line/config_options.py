@@ -93,7 +93,7 @@ def add_source_options(parser: Parser) -> None:
 
 def _adopt(parser: Parser, name: str, cls: type[Declaration]) -> None:
     """Add an older system's flags; where one is spelled like one of ours, it means what it means there."""
-    system = find_system(name)
+    system = find_system(name, cls.__name__)
     group = parser.add_argument_group(f"flags of {system.title}", conflict_handler="resolve")
     flags = list(system.flags)
     if system.name == "mlx-rlhf":  # the folder of one in ppo_training.py, a switch to train one in sft.py

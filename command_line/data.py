@@ -7,7 +7,10 @@ import argparse
 from command_line.parsing import Command, Parser, one_of
 from config.errors import InvalidConfigurationError
 
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "reward", "messages", "text")
+COLUMNS = (
+    *("prompt", "completion", "chosen", "rejected", "reward", "messages", "text"),
+    *("completions", "rewards", "steps", "labels"),
+)
 
 
 def _options(parser: Parser) -> None:

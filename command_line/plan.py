@@ -69,6 +69,8 @@ def supervised_plan(stage: str, config: SupervisedConfig, data: DataSplits, *, d
         DataLoadError: a row cannot be used; with ``dry`` every one is looked at.
     """
     lengths = row_lengths(config, data.train, every=dry)
+    if data.validation is not None:
+        row_lengths(config, data.validation, every=dry)
     seen = config.num_steps * config.batch_size
     return _table(
         [

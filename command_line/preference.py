@@ -7,7 +7,6 @@ from typing import Any
 
 from command_line.parsing import Command
 from command_line.supervised import Lines, Stage, save_policy
-from config.errors import DataLoadError
 from config.supervised_config import PreferenceConfig
 
 
@@ -18,11 +17,9 @@ def _trainer(base: Any, config: Any) -> Any:
 
 
 def _check(config: Any, rows: Any) -> None:
-    if config.algorithm != "kto" and "chosen" not in rows[0]:
-        raise DataLoadError(
-            f"{rows.place(0)}: {config.algorithm} learns from pairs, and this is a single answer with a label or a "
-            "reward; give chosen and rejected, or --algorithm kto"
-        )
+    from command_line.checks import check_preferences
+
+    check_preferences(config, rows)
 
 
 def _judge(trainer: Any, metrics: dict[str, float], rows: Any, folder: Path) -> Lines:

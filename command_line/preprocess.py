@@ -15,6 +15,7 @@ KINDS: dict[str, type[TrainingConfig]] = {
     "prompts": PPOConfig,
     "pairs": SFTConfig,
     "preferences": RewardModelConfig,
+    "steps": RewardModelConfig,
 }
 
 
@@ -31,8 +32,8 @@ def _options(parser: Parser) -> None:
         type=one_of(KINDS),
         default="prompts",
         metavar="KIND",
-        help="what the rows are for: prompts (train; keeps every column), pairs (sft) or preferences (reward-model, "
-        "JSONL alone); default prompts",
+        help="what the rows are for: prompts (train; keeps every column), pairs (sft), preferences or steps "
+        "(reward-model, JSONL alone); default prompts",
     )
     add_log_level(parser)
     add_config_options(parser, TrainingConfig)

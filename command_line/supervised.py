@@ -25,7 +25,8 @@ class Stage:
         kind: of the rows (``data_loading.schemas.Kind``). shown: metric → label on the progress line.
         trainer: (base model, config) → trainer. judge: (trainer, its last metrics, rows held out, run folder) → what
             to say of it. save: (trainer, run folder) → where the result is and what to type next. check: (config,
-            rows) → refuses rows that this config cannot learn from, before a weight is loaded.
+            rows) → refuses rows that this config cannot learn from, before a weight is loaded. for_rows: (config) → the
+            stage that learns from the rows it names, where that is another one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     judge: Callable[[Any, dict[str, float], Any, Path], Lines]
     save: Callable[[Any, Path], Lines]
     check: Callable[[Any, Any], None] = lambda config, rows: None
+    for_rows: Callable[[Any], Stage] | None = None
 
     def add_options(self, parser: Parser) -> None:
         """Those of a run, and of the config."""
@@ -48,7 +50,8 @@ class Stage:
         if options.explain:
             print(explained(loaded))
             return 0
-        return self._run(loaded.config, dry=options.dry_run)
+        stage = self if self.for_rows is None else self.for_rows(loaded.config)
+        return stage._run(loaded.config, dry=options.dry_run)
 
     def _run(self, config: Any, *, dry: bool) -> int:
         from command_line.checks import check_model, check_output, read_rows
@@ -65,7 +68,9 @@ class Stage:
                 "early_stopping_patience: there are no validation rows to stop by; give val_path, or set "
                 "validation_fraction"
             )
-        self.check(config, data.train)
+        for rows in (data.train, data.validation):
+            if rows is not None:
+                self.check(config, rows)
         plan = supervised_plan(self.name, config, data, dry=dry)
         if config.verbose or dry:
             print("\n".join(plan), flush=True)
@@ -73,10 +78,13 @@ class Stage:
             return 0
         folder = prepare_folder(config.output_dir or default_folder(self.name))
         write_json(folder / "config.json", {"config": config.as_dict(), "stage": self.name})
+        from base_setup.parameters import describe_trainable
         from models.sft_model import load_language_model
         from monitoring.step_log import StepLog
 
         trainer = self.trainer(load_language_model(config), config)
+        if config.verbose:
+            print(describe_trainable(trainer.module), flush=True)
         for line in getattr(trainer, "notes", []):
             console.note(line)
         with console.progress(config.num_steps, self.name) as progress:
@@ -113,6 +121,12 @@ def _sft_trainer(base: Any, config: Any) -> Any:
     return SFTTrainer(base, config)
 
 
+def _check_sft(config: Any, rows: Any) -> None:
+    from command_line.checks import check_packing
+
+    check_packing(config)
+
+
 def _judge_sft(trainer: Any, metrics: dict[str, float], rows: Any, folder: Path) -> Lines:
     loss, perplexity = metrics["validation/loss"], metrics["validation/perplexity"]
     return [f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.4g}"]
@@ -136,7 +150,59 @@ def _save_reward_model(trainer: Any, folder: Path) -> Lines:
     return [f"saved: {folder / 'final'}", f"use it: --reward learned:{folder / 'final'}"]
 
 
-SFT_STAGE = Stage("sft", SFTConfig, "pairs", {"loss": "loss"}, _sft_trainer, _judge_sft, save_policy)
+def _check_reward_model(config: Any, rows: Any) -> None:
+    from command_line.checks import check_rewards_differ
+
+    for name in ("step_separator", "step_reward"):
+        if config.was_set(name):
+            raise InvalidConfigurationError(
+                f"{name}: {rows.report.name} has whole answers ({rows.report.schema}), no steps with labels; leave it "
+                "out"
+            )
+    check_rewards_differ(config, rows)
+
+
+def _process_trainer(base: Any, config: Any) -> Any:
+    from training.process_reward_trainer import ProcessRewardTrainer
+
+    return ProcessRewardTrainer(base, config)
+
+
+def _judge_steps(trainer: Any, metrics: dict[str, float], rows: Any, folder: Path) -> Lines:
+    loss, accuracy = metrics["validation/loss"], metrics["validation/accuracy"]
+    return [f"validation loss {loss:.4f} (0.6931 is a coin toss), {accuracy:.1%} of the steps judged rightly"]
+
+
+def _save_process_model(trainer: Any, folder: Path) -> Lines:
+    trainer.model.save(folder / "final")
+    return [
+        f"saved: {folder / 'final'}, a process reward model; an answer scores the {trainer.model.step_reward} of its "
+        "steps",
+        f"use it: --reward learned:{folder / 'final'}",
+    ]
+
+
+def _check_process_model(config: Any, rows: Any) -> None:
+    set_for_answers = [
+        name for name in ("pairing", "list_size", "margin_scale", "centering") if config.was_set(name)
+    ]
+    if set_for_answers:
+        raise InvalidConfigurationError(
+            f"{set_for_answers[0]}: {rows.report.name} has steps with labels, which are not compared; leave it out"
+        )
+
+
+def _by_rows(config: Any) -> Stage:
+    """Steps where the file has them, else whole answers."""
+    from data_loading.loading import has_steps
+
+    named = config.train_path is not None or config.dataset_name is not None
+    return PROCESS_REWARD_STAGE if named and has_steps(config) else REWARD_MODEL_STAGE
+
+
+SFT_STAGE = Stage(
+    "sft", SFTConfig, "pairs", {"loss": "loss"}, _sft_trainer, _judge_sft, save_policy, _check_sft
+)
 REWARD_MODEL_STAGE = Stage(
     "reward-model",
     RewardModelConfig,
@@ -145,6 +211,18 @@ REWARD_MODEL_STAGE = Stage(
     _reward_trainer,
     _judge_reward_model,
     _save_reward_model,
+    _check_reward_model,
+    _by_rows,
+)
+PROCESS_REWARD_STAGE = Stage(
+    "reward-model",
+    RewardModelConfig,
+    "steps",
+    {"loss": "loss", "accuracy": "accuracy"},
+    _process_trainer,
+    _judge_steps,
+    _save_process_model,
+    _check_process_model,
 )
 
 
@@ -167,7 +245,7 @@ SFT = Command(
 )
 REWARD_MODEL = Command(
     "reward-model",
-    "learn a reward model from pairs of answers, or from answers with scores",
+    "learn a reward model from pairs or lists of answers, from answers with scores, or from steps with labels",
     REWARD_MODEL_STAGE.add_options,
     REWARD_MODEL_STAGE.run,
     [

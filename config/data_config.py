@@ -48,6 +48,18 @@ class DataConfig(Declaration):
     reward_column: Name = option(
         default="reward", meaning="Column with the score of an answer, as a number or as text."
     )
+    completions_column: Name = option(
+        default="completions", meaning="Column with a list of answers to one prompt, or of the steps of one."
+    )
+    rewards_column: Name = option(
+        default="rewards",
+        meaning="Column with the score of each of these answers; rows without it have the best answer first.",
+    )
+    steps_column: Name = option(default="steps", meaning="Column with a list of the steps of an answer.")
+    labels_column: Name = option(
+        default="labels",
+        meaning="Column that says of each step whether it is right: true, false, or from 0 to 1.",
+    )
     messages_column: Name = option(
         default="messages", meaning="Column with a chat, a list of role and content."
     )

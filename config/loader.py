@@ -97,7 +97,7 @@ def load_config(
     Raises:
         InvalidConfigurationError: one sentence with file and line, or variable, or flag; the name; what was found.
     """
-    system = find_system(older).name if older is not None else None
+    system = find_system(older, cls.__name__).name if older is not None else None
     environ = os.environ if environ is None else environ
     files = [files] if isinstance(files, (str, Path)) else list(files)
     given, notes = list[Given](), list[str]()
@@ -143,7 +143,7 @@ def _from_file(
     if system is None and preset is None:
         names = {_plain(one.name) for one in settings}
         headings = {_plain(heading) for one in settings for heading in one.headings}
-        system = recognise(names, headings, _every_name(cls))
+        system = recognise(names, headings, _every_name(cls), cls.__name__)
     found: dict[str, Given] = {}
     for one in settings:
         place = str(path) if one.line is None else f"{path}:{one.line}"

@@ -28,6 +28,12 @@ READ_BY = {
 }
 
 
+NO_PACKED_SOFT_PROMPT = (
+    "packing: a soft prompt stands before every example, and packed examples would share one and be at another "
+    "distance from it; leave packing out, or train without a soft prompt"
+)
+
+
 @declared
 class SupervisedConfig(TrainingConfig):
     """What the supervised stages share."""
@@ -73,18 +79,46 @@ class SFTConfig(SupervisedConfig):
         default=False,
         meaning="Put several examples of a batch into one row of up to max_sequence_length tokens, none of which sees "
         "another: less padding, the same gradient. Where the architecture cannot, rows stay as they are, which is "
-        "said.",
+        "said. Not together with a soft prompt, which each example would need for itself.",
+    )
+
+    @model_validator(mode="after")
+    def _each_example_has_the_soft_prompt_before_it(self) -> SFTConfig:
+        if self.packing and self.soft_prompt_length != 0:
+            raise ValueError(NO_PACKED_SOFT_PROMPT)
+        return self
+
+
+@declared
+class ProcessRewardConfig(SupervisedConfig):
+    """Options of ``ProcessRewardTrainer``: a score for each step of an answer, from steps labelled right or wrong."""
+
+    num_steps: PositiveInt = option(
+        section="batches", default=200, meaning="Optimiser steps; a step sees batch_size answers."
+    )
+    step_separator: Annotated[str, Field(min_length=1)] = option(
+        section="steps",
+        default="\n",
+        meaning="Text that ends each step of an answer; the score is read at its last token.",
+    )
+    step_reward: Literal["min", "product", "mean", "last"] = option(
+        default="min",
+        meaning="What makes one reward of the probabilities that its steps are right: the least, their product, their "
+        "mean, or the last.",
     )
 
 
 @declared
-class RewardModelConfig(SupervisedConfig):
-    """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers, or on answers with scores."""
+class RewardModelConfig(ProcessRewardConfig):
+    """Options of ``RewardTrainer``: Bradley–Terry on pairs of answers, or on answers with scores.
+
+    ``main.py reward-model`` gives it to ``ProcessRewardTrainer``, too, where rows have labelled steps.
+    """
 
     num_steps: PositiveInt = option(
         section="batches",
         default=200,
-        meaning="Optimiser steps; a step sees batch_size pairs, ranked lists or scored answers.",
+        meaning="Optimiser steps; a step sees batch_size pairs, ranked lists, scored answers, or answers in steps.",
     )
     pairing: Literal["lists", "random", "nearest"] = option(
         section="scores",
@@ -103,20 +137,6 @@ class RewardModelConfig(SupervisedConfig):
     centering: NonNegativeFloat = option(
         default=0.0,
         meaning="Weight of the squared sum of a pair's two scores, which keeps scores around 0; 0.01 is usual.",
-    )
-
-
-@declared
-class ProcessRewardConfig(SupervisedConfig):
-    """Options of ``ProcessRewardTrainer``: a score for each step of an answer, from steps labelled right or wrong."""
-
-    num_steps: PositiveInt = option(
-        section="batches", default=200, meaning="Optimiser steps; a step sees batch_size answers."
-    )
-    step_separator: Annotated[str, Field(min_length=1)] = option(
-        section="scores",
-        default="\n",
-        meaning="Text that ends each step of an answer; the score is read at its last token.",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from data_loading.token_files import TokenFiles, prefix_of
 from data_loading.token_rows import TokenRows
 
 #: The fields of a row for a trainer that hold text, in the order in which they are reported.
-TEXTS = ("prompt", "completion", "chosen", "rejected", "text")
+TEXTS = ("prompt", "completion", "chosen", "rejected", "text", "completions", "steps")
 
 
 @dataclass
@@ -32,7 +32,8 @@ class CheckReport:
     """What was found in one file; ``str()`` is the text.
 
     Attributes:
-        report: rows, bad rows and the sentences about them. lengths: of each kind of text, one per row, in ``unit``.
+        report: rows, bad rows and the sentences about them. lengths: of each kind of text, in ``unit``: one per row, or
+            one per entry where rows have a list of them.
         columns: in how many rows each column is. repeated_prompts: rows whose prompt an earlier row has.
         repeated_rows: rows that an earlier row equals. leaks: rows whose prompt is in another file, by its name.
     """
@@ -157,7 +158,7 @@ def _check(path: Path, config: DataConfig, tokenizer: Any) -> CheckReport:
     keys, hashes = array("Q"), array("Q")
     for number, fields, rows in scan:
         try:
-            counted = [(name, length_of(row, name)) for row in rows for name in TEXTS if row.get(name)]
+            counted = [(name, length_of(one, name)) for name, one in _texts(rows)]
         except DataLoadError as error:  # of the chat template
             scan.report.used -= len(rows)
             scan.bad(number, str(error))
@@ -204,20 +205,30 @@ def _limit(config: DataConfig) -> int | None:
     return config.max_prompt_length if isinstance(config, TrainingConfig) else None
 
 
-def _lengths_in(tokenizer: Any) -> tuple[Callable[[Row, str], int], str]:
+def _texts(rows: Iterable[Row]) -> Iterator[tuple[str, Any]]:
+    """What is counted of rows: (which field, a text or a chat)."""
+    for row in rows:
+        for name in TEXTS:
+            value = row.get(name)
+            if name in ("completions", "steps"):
+                yield from ((name, one) for one in value or ())
+            elif value:
+                yield name, value
+
+
+def _lengths_in(tokenizer: Any) -> tuple[Callable[[Any, str], int], str]:
     """How long a text of a row is, and in what."""
     if tokenizer is None:
         return _words, "words"
     from base_setup.tokenizer_setup import encode, encode_prompt  # and with it MLX
 
-    def tokens(row: Row, name: str) -> int:
-        return len(encode_prompt(tokenizer, row[name]) if name == "prompt" else encode(tokenizer, row[name]))
+    def tokens(text: Any, name: str) -> int:
+        return len(encode_prompt(tokenizer, text) if name == "prompt" else encode(tokenizer, text))
 
     return tokens, "tokens"
 
 
-def _words(row: Row, name: str) -> int:
-    value = row[name]
+def _words(value: Any, name: str) -> int:
     texts = [value] if isinstance(value, str) else [message["content"] for message in value]
     return sum(len(text.split()) for text in texts)
 

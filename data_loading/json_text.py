@@ -90,12 +90,21 @@ def parse_object(text: str) -> dict[str, Any]:
     >>> parse_object('{"prompt": "2 4"}')
     {'prompt': '2 4'}
     """
+    return as_object(parse_value(text))
+
+
+def parse_value(text: str) -> Any:
+    """A text that is one value and nothing else.
+
+    >>> parse_value('["2", "4"]')
+    ['2', '4']
+    """
     begin = len(text) - len(text.lstrip(" \t\r\n"))
     value, end = decode(text, begin)
     rest = text[end:].strip(" \t\r\n")
     if rest:
         raise BadRowError(f"more text after the row at column {end + 1} ({rest[:20]!r}); one row per line")
-    return as_object(value)
+    return value
 
 
 def as_object(value: Any) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from config.training_config import TrainingConfig
 from data_loading.csv_files import CsvFile
 from data_loading.json_files import open_json
 from data_loading.normalising import shared
-from data_loading.records import Source, path_of
+from data_loading.records import BadRowError, Source, path_of
 from data_loading.rows import Rows, read_rows
-from data_loading.schemas import Kind
+from data_loading.schemas import Kind, find_schema
 from data_loading.tables import HubDataset, RowList, Table, open_hub, open_parquet
 from data_loading.token_files import prefix_of
 from data_loading.token_rows import TokenRows, read_token_rows
@@ -70,11 +70,34 @@ def load_pairs(source: Any, config: DataConfig | None = None, *, split: str = "t
 def load_preferences(
     source: Any, config: DataConfig | None = None, *, split: str = "train"
 ) -> Rows | TokenRows:
-    """Rows for ``RewardTrainer.train``: ``prompt, chosen, rejected``, or ``prompt, completion, reward``.
+    """Rows for ``RewardTrainer.train``: ``prompt, chosen, rejected``, or ``prompt, completions, rewards`` (the best
+    first), or ``prompt, completion, reward``.
 
     See :func:`load_prompts`.
     """
     return _load(source, config, "preferences", split)
+
+
+def load_steps(source: Any, config: DataConfig | None = None, *, split: str = "train") -> Rows | TokenRows:
+    """Rows for ``ProcessRewardTrainer.train``: ``prompt, steps, labels``, a label from 0 to 1 for each step.
+
+    See :func:`load_prompts`.
+    """
+    return _load(source, config, "steps", split)
+
+
+def has_steps(config: DataConfig) -> bool:
+    """Whether the training rows are answers with their steps labelled, by the first of them that fits any schema."""
+    source = _sources(config)[0]
+    if _is_path(source) and prefix_of(path_of(source)) is not None:
+        return False
+    for record in open_source(source).scan():
+        try:
+            if record.fields is not None:
+                return "steps" in find_schema(record.fields, config, None).uses
+        except BadRowError:  # whoever reads the file says so, or leaves it out
+            continue
+    return False
 
 
 def load_data(config: DataConfig, kind: Kind) -> DataSplits:

@@ -63,7 +63,7 @@ def preprocess(
         output_train_path: ends in .jsonl for JSON Lines; anything else is the prefix of NPY files.
         output_val_path: the same for the validation rows; None: they are not written.
         tokenizer: the one of the model that will be trained; NPY files carry its fingerprint.
-        kind: what the rows are for. "prompts" keeps all their columns; "preferences" can only be JSONL.
+        kind: what the rows are for. "prompts" keeps all their columns; "preferences" and "steps" can only be JSONL.
     Raises:
         ToolkitError: for rows that cannot be used, or files that cannot be written.
     """
@@ -123,8 +123,8 @@ def _write_tokens(
     kind: Kind,
     notes: list[str],
 ) -> Written:
-    if kind == "preferences":
-        raise DataLoadError(f"{prefix}: preferences are written as text; let the output end in .jsonl")
+    if kind in ("preferences", "steps"):
+        raise DataLoadError(f"{prefix}: {kind} are written as text; let the output end in .jsonl")
     description = {"fingerprint": fingerprint(tokenizer), "model_name": config.model_name}
     with TokenWriter(prefix, description) as writer:
         for ids, completion, columns in _encoded(rows, tokenizer, config, kind, notes):

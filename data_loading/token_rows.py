@@ -107,8 +107,8 @@ def read_token_rows(prefix: str, config: DataConfig, kind: Kind) -> TokenRows:
     rows = TokenRows(TokenFiles(prefix))
     if not len(rows):
         raise DataLoadError(f"{rows.files.prefix}_prompts.npy: there are no rows; at least one is needed")
-    if kind == "preferences":
-        raise DataLoadError(f"{prefix}_prompts.npy: preferences are read from texts; give the .jsonl file")
+    if kind in ("preferences", "steps"):
+        raise DataLoadError(f"{prefix}_prompts.npy: {kind} are read from texts; give the .jsonl file")
     if kind == "pairs" and rows.files.completions is None:
         raise DataLoadError(f"{part_path(prefix, 'completions')}: not there, and pairs need completions")
     return rows

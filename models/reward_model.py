@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from rewards.text_utils import prompt_text_of, text_of
 from token_attribution.extractor import pad_sequences
 
 HEAD, SETTINGS = "reward_head.safetensors", "reward_config.json"
+KIND = "reward_model"
 
 
 class RewardModel:
@@ -118,33 +119,44 @@ class RewardModel:
         self.gain = 1.0 / spread if spread > 0 else 1.0
         self.bias = -float(mx.mean(raw)) * self.gain
 
-    def save(self, folder: str | Path) -> None:
-        """Write adapter, head and settings; :meth:`load` needs nothing else but the base model."""
+    def save(self, folder: str | Path, kind: str = KIND, **settings: Any) -> None:
+        """Write adapter, head and settings; :meth:`load` needs nothing else but the base model.
+
+        ``kind`` says what reads the folder, and ``settings`` are its own.
+        """
         folder = Path(folder)
         save_adapter(self.module.model, self.description, folder)
         save_head(self.module.head, folder / HEAD)
-        settings = {"gain": self.gain, "bias": self.bias, "config": self.config.as_dict()}
+        settings = {"kind": kind, **settings, "gain": self.gain, "bias": self.bias}
+        settings["config"] = self.config.as_dict()
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def base_name(folder: str | Path) -> str | None:
-        """The base model that a saved reward model is an adapter of; None where the folder does not say."""
-        try:
-            settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
-            return str(settings["config"]["model_name"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> RewardModel:
-        """Read what :meth:`save` wrote; ``base`` spares loading the base model again."""
+        """Read what :meth:`save` wrote; ``base`` spares loading the base model again.
+
+        Raises:
+            CheckpointError: in a sentence, where the folder is not one of a reward model for whole answers.
+        """
+        settings = read_settings(folder)
+        if settings.get("kind", KIND) != KIND:
+            raise CheckpointError(
+                f"{folder}: a {str(settings['kind']).replace('_', ' ')}, whose head is read at the end of each step; "
+                "load it with ProcessRewardModel.load"
+            )
+        return cls.restored(folder, settings, base)
+
+    @classmethod
+    def restored(
+        cls, folder: str | Path, settings: Mapping[str, Any], base: LanguageModel | None
+    ) -> RewardModel:
+        """Trunk and head of a folder whose settings have been read, whatever is made of them."""
         folder = Path(folder)
         try:
-            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             known = TrainingConfig.__dataclass_fields__.keys() - {"trust_remote_code"}  # no file's to give
             config = TrainingConfig(**{k: v for k, v in settings["config"].items() if k in known})
             gain, bias = float(settings["gain"]), float(settings["bias"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model ({error})") from error
         # The folder's own adapter, whose rank and scale need not be the config's: it may have begun elsewhere.
         model = cls(base or load_language_model(config), config.replace(adapter_path=str(folder)))
@@ -152,3 +164,18 @@ class RewardModel:
         load_head(model.module.head, folder / HEAD)
         model.gain, model.bias = gain, bias
         return model
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What a saved reward model says of itself.
+
+    Raises:
+        CheckpointError: where there is no such file, or none that can be read.
+    """
+    try:
+        settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model ({error})") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model (an object is expected)")
+    return settings

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from config.errors import InvalidConfigurationError, ModelLoadError
 from config.ppo_config import PPOConfig
-from models.reward_model import SETTINGS, RewardModel
+from models.process_reward_model import STEP_REWARDS, ProcessRewardModel, is_process_reward_model
+from models.reward_model import SETTINGS, RewardModel, read_settings
 from models.sequence_classifier import SequenceClassifier, is_classifier
-from models.sft_model import LanguageModel
+from models.sft_model import EMBEDDED, LanguageModel
 from rewards.composition import RewardSet
+from rewards.construction import named
 from rewards.registry import entry_of, resolve
 
 LEARNED = "learned:"
@@ -35,21 +38,18 @@ def build_rewards(spec: Any, config: PPOConfig, base: LanguageModel | None = Non
         }
         options = {name: options[name] for name, field in fields.items() if config.was_set(field)}
     return RewardSet.build(
-        spec, config.reward_weights, resolver=lambda part: _resolved(part, base), **options
+        spec, config.reward_weights, resolver=lambda part: _resolved(part, base, config), **options
     )
 
 
-def _resolved(part: Any, base: LanguageModel | None) -> Any:
+def _resolved(part: Any, base: LanguageModel | None, config: PPOConfig) -> Any:
     """One reward; a learned one is loaded, and made to read the policy's tokens where it has the same vocabulary."""
     name, settings = entry_of(part) if isinstance(part, Mapping) else (part, {})
     if isinstance(name, str) and (name.startswith(LEARNED) or _is_learned(name)):
-        if settings:
-            raise InvalidConfigurationError(
-                f"The reward {name!r} is a learned model, which takes no config ({', '.join(map(str, settings))}); "
-                "leave that out."
-            )
         folder = _path(name.removeprefix(LEARNED))
-        part = _by_name_only(folder) if base is None else _load(folder, base)
+        _check_folder(folder)
+        _check_options(folder, settings)
+        part = _by_name_only(folder) if base is None else _load(folder, base, settings, config)
     if isinstance(part, RewardModel) and base is not None:
         return part.for_tokenizer(base.tokenizer)
     return resolve(part)
@@ -75,7 +75,7 @@ def _path(name: str) -> Path:
         return Path(name)
 
 
-def _by_name_only(folder: Path) -> Callable[..., list[float]]:
+def _check_folder(folder: Path) -> None:
     if not _holds_model(folder):
         raise ModelLoadError(
             f'reward: "{LEARNED}{str(folder)[:200]}" is no folder of a reward model; expected is one that '
@@ -83,13 +83,51 @@ def _by_name_only(folder: Path) -> Callable[..., list[float]]:
             "(config.json)"
         )
 
+
+def _check_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """A learned reward has no options but ``step_reward``, where it scores steps."""
+    known = ("step_reward",) if (folder / SETTINGS).is_file() and is_process_reward_model(folder) else ()
+    for name, value in options.items():
+        if name not in known:
+            there = " (there is: step_reward)" if known else ", which has no options"
+            raise InvalidConfigurationError(f'reward: "{name}" is no option of {folder}{there}; leave it out')
+        if value not in STEP_REWARDS:
+            raise InvalidConfigurationError(
+                f"reward: step_reward of {folder} is one of {', '.join(STEP_REWARDS)}, found {value!r:.40}"
+            )
+
+
+def _by_name_only(folder: Path) -> Callable[..., list[float]]:
     def reward_model(completions: list[Any]) -> list[float]:
         raise ModelLoadError(f"reward: {folder} has not been loaded")
 
+    if (folder / SETTINGS).is_file() and is_process_reward_model(folder):
+        return named(reward_model, ProcessRewardModel.reward_name)
     return reward_model
 
 
-def _load(folder: Path, base: LanguageModel) -> RewardModel | SequenceClassifier:
-    if (folder / SETTINGS).is_file():
-        return RewardModel.load(folder, base if RewardModel.base_name(folder) == base.name else None)
-    return SequenceClassifier.load(folder)
+def _has_this_base(folder: Path, base: LanguageModel, config: PPOConfig) -> bool:
+    """Whether the reward model was trained on the very base that the policy has: its name, and what made it."""
+    theirs = read_settings(folder).get("config")
+    ours = json.loads(json.dumps(config.as_dict()))
+    made_by = ["quantize_base", "quantize_group_size", "quantize_mode", "new_special_tokens"]
+    if base.name == EMBEDDED or config.new_special_tokens:  # drawn with the seed
+        made_by += ["embedded_model", "seed"]
+    return (
+        isinstance(theirs, dict)
+        and theirs.get("model_name") == base.name
+        and all(theirs.get(name, ours[name]) == ours[name] for name in made_by)
+    )
+
+
+def _load(
+    folder: Path, base: LanguageModel, options: Mapping[str, Any], config: PPOConfig
+) -> RewardModel | ProcessRewardModel | SequenceClassifier:
+    if not (folder / SETTINGS).is_file():
+        return SequenceClassifier.load(folder)
+    shared = base if _has_this_base(folder, base, config) else None
+    if not is_process_reward_model(folder):
+        return RewardModel.load(folder, shared)
+    model = ProcessRewardModel.load(folder, shared)
+    model.step_reward = options.get("step_reward", model.step_reward)
+    return model

@@ -23,12 +23,16 @@ class Ranking(NamedTuple):
     def comparisons(self, offset: int) -> list[tuple[int, int]]:
         """(better, worse) positions among all answers of a batch, of which this list starts at ``offset``."""
         rewards = [answer.reward for answer in self.answers]
-        return [
-            (offset + i, offset + j)
-            for i, better in enumerate(rewards)
-            for j, worse in enumerate(rewards)
-            if better > worse
-        ]
+        return [(offset + i, offset + j) for i, j in better_and_worse(rewards)]
+
+
+def better_and_worse(rewards: Sequence[float]) -> list[tuple[int, int]]:
+    """The positions of every two of which the first is better.
+
+    >>> better_and_worse([1.0, 0.0, 1.0])
+    [(0, 1), (2, 1)]
+    """
+    return [(i, j) for i, one in enumerate(rewards) for j, other in enumerate(rewards) if one > other]
 
 
 class Comparisons(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from base_setup.lora_setup import fuse_adapters
@@ -21,6 +22,7 @@ from config.supervised_config import PreferenceConfig
 from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel
 from token_attribution.extractor import pad_sequences
+from training.comparisons import better_and_worse
 from training.model_trainer import ModelTrainer
 from training.preference_algorithms import (
     PREFERENCE_ALGORITHMS,
@@ -84,11 +86,17 @@ class PreferenceTrainer:
             self.policy.frozen_copy(with_adapter=not fresh) if self.algorithm.has_reference else None
         )
 
+    @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.policy.model
+
     # -- Rows -----------------------------------------------------------------------------------------
 
     def encode(self, rows: Sequence[Row]) -> list[Comparison]:
-        """Rows with ``prompt``, ``chosen``, ``rejected``; for KTO also ``prompt``, ``completion`` and ``label`` (true
-        for good) or ``reward`` (good above 0), a pair there being one good and one bad answer.
+        """Rows with ``prompt``, ``chosen``, ``rejected``, or ``prompt``, ``completions``, ``rewards``, of which every
+        two of different reward are a pair; for KTO also ``prompt``, ``completion`` and ``label`` (true for good) or
+        ``reward`` (good above 0), a pair there being one good and one bad answer.
 
         Raises:
             DataLoadError: naming the row and what is wrong with it.
@@ -98,12 +106,12 @@ class PreferenceTrainer:
         found: list[Comparison] = []
         for i, row in enumerate(rows):
             place = place_of(rows, i, NAME)
-            if "chosen" in row:
-                sides = tuple(self._answer(place, row, side) for side in ("chosen", "rejected"))
-                if self.algorithm.learns_from_pairs:
-                    found.append(Comparison(len(found), sides))
-                else:
-                    found += [Comparison(len(found) + j, (side,), j == 0) for j, side in enumerate(sides)]
+            if "chosen" in row or "completions" in row:
+                for sides in self._pairs(place, row):
+                    if self.algorithm.learns_from_pairs:
+                        found.append(Comparison(len(found), sides))
+                    else:
+                        found += [Comparison(len(found) + j, (one,), j == 0) for j, one in enumerate(sides)]
             elif self.algorithm.learns_from_pairs:
                 raise DataLoadError(
                     f'{place}: {self.algorithm.name} learns from pairs and "chosen" is missing (fields: '
@@ -120,6 +128,14 @@ class PreferenceTrainer:
                 "at least two are needed"
             )
         return found
+
+    def _pairs(self, place: str, row: Row) -> list[tuple[Answer, Answer]]:
+        """A row's chosen and rejected answer; of a ranked list every two of different reward."""
+        if "chosen" in row:
+            return [(self._answer(place, row, "chosen"), self._answer(place, row, "rejected"))]
+        texts, rewards = row["completions"], row["rewards"]
+        answers = [self._answer(place, {**row, "answer": text}, "answer") for text in texts]
+        return [(answers[i], answers[j]) for i, j in better_and_worse(rewards)]
 
     def _answer(self, place: str, row: Row, side: str) -> Answer:
         try:

@@ -1,4 +1,4 @@
-"""A reward for each step of an answer (Lightman et al. 2023, https://arxiv.org/abs/2305.20050): process rewards.
+"""Learning to judge each step of an answer from steps that are labelled right or wrong.
 
 Rows: ``{"prompt", "steps": ["…", "…"], "labels": [true, false]}``. Each step is closed by ``step_separator``, and the
 last token of that is the mark at which the head is read: σ(score) is the probability that the step is right.
@@ -7,19 +7,17 @@ last token of that is the mark at which the head is read: σ(score) is the proba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
 
-from base_setup.tokenizer_setup import encode, encode_prompt, is_chat
+from base_setup.tokenizer_setup import is_chat
 from config.errors import DataLoadError
 from config.supervised_config import ProcessRewardConfig
+from models.process_reward_model import ProcessRewardModel
 from models.reward_model import RewardModel
 from models.sft_model import LanguageModel
-from rewards.text_utils import text_of
-from token_attribution.extractor import pad_sequences
 from training.model_trainer import ModelTrainer
 from training.preference_loss import step_loss
 from training.supervised import OnStep, learn, place_of, shuffled_batches, split, step_metrics
@@ -36,73 +34,6 @@ class Steps(NamedTuple):
     labels: list[float]  # in [0, 1]
 
 
-class ProcessRewardModel:
-    """Scores the steps of answers; as a reward, the least probable step of each (``aggregate``: or their product).
-
-    Attributes:
-        reward_model: trunk and head. separator: what ends a step.
-    """
-
-    reward_name = "process_reward_model"
-
-    def __init__(
-        self, reward_model: RewardModel, separator: str, aggregate: Literal["min", "product"] = "min"
-    ) -> None:
-        self.reward_model = reward_model
-        self.separator = separator
-        self.aggregate = aggregate
-
-    def encode(self, prompt: Any, steps: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Tokens of prompt and steps, and where each step ends."""
-        tokenizer = self.reward_model.tokenizer
-        ids = encode_prompt(tokenizer, prompt) if is_chat(prompt) else encode(tokenizer, prompt, special=True)
-        ids, marks = list(ids), []
-        for step in steps:
-            ids += encode(tokenizer, step + self.separator)
-            marks.append(len(ids) - 1)
-        return ids, marks
-
-    def scores_at(self, ids: Sequence[Sequence[int]], marks: Sequence[Sequence[int]]) -> mx.array:
-        """What the head says at the marks of all rows, one after the other: (N,) float32, differentiable."""
-        tokens, _ = pad_sequences([one[:1] for one in ids], [one[1:] for one in ids])
-        states = self.reward_model.trunk.hidden(tokens)  # (B, T, D)
-        width = tokens.shape[1]
-        places = mx.array([row * width + mark for row, own in enumerate(marks) for mark in own])
-        picked = states.reshape(-1, states.shape[-1])[places]  # (N, D)
-        return self.reward_model.module.head(picked.astype(mx.float32))[:, 0]
-
-    def step_scores(self, prompts: Sequence[Any], steps: Sequence[Sequence[str]]) -> list[list[float]]:
-        """The probability that each step is right."""
-        found: list[list[float]] = []
-        for part in split(list(zip(prompts, steps, strict=True)), self.reward_model.batch_rows):
-            encoded = [self.encode(prompt, own) for prompt, own in part]
-            flat = iter(np.array(mx.sigmoid(self.scores_at(*zip(*encoded, strict=True)))).tolist())
-            found += [[float(next(flat)) for _ in own] for _, own in part]
-        return found
-
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """A reward: each completion cut into steps at the separator; an empty one scores 0."""
-        steps = [[s for s in text_of(c).split(self.separator) if s.strip()] for c in completions]
-        filled = [i for i, own in enumerate(steps) if own]
-        scores = [0.0] * len(steps)
-        if filled:
-            found = self.step_scores([prompts[i] for i in filled], [steps[i] for i in filled])
-            for i, own in zip(filled, found, strict=True):
-                scores[i] = min(own) if self.aggregate == "min" else float(np.prod(own))
-        return scores
-
-    def save(self, folder: str | Path) -> None:
-        """Write what :meth:`load` reads; the separator is in the config."""
-        self.reward_model.save(folder)
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, separator: str = "\n", base: LanguageModel | None = None
-    ) -> ProcessRewardModel:
-        """Read what :meth:`save` wrote."""
-        return cls(RewardModel.load(folder, base), separator)
-
-
 class ProcessRewardTrainer:
     """Minimises the mean over steps of −y log σ(s) − (1 − y) log(1 − σ(s)).
 
@@ -112,7 +43,13 @@ class ProcessRewardTrainer:
 
     def __init__(self, base: LanguageModel, config: ProcessRewardConfig) -> None:
         self.config = config
-        self.model = ProcessRewardModel(RewardModel(base, config), config.step_separator)
+        reward_model = RewardModel(base, config)
+        self.model = ProcessRewardModel(reward_model, config.step_separator, config.step_reward)
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.model.reward_model.module
 
     def encode(self, rows: Sequence[Row]) -> list[Steps]:
         """Rows in tokens.
@@ -137,7 +74,10 @@ class ProcessRewardTrainer:
                 raise DataLoadError(
                     f"{place}: a label is true, false or a number from 0 to 1, found {label!r:.60}"
                 )
-        ids, marks = self.model.encode(prompt, steps)
+        try:
+            ids, marks = self.model.encode(prompt, steps)
+        except DataLoadError as error:
+            raise DataLoadError(f"{place}: {error}") from error
         if len(ids) > self.config.max_sequence_length:
             limit = self.config.max_sequence_length
             raise DataLoadError(f"{place}: {len(ids)} tokens, max_sequence_length is {limit}")
@@ -149,7 +89,7 @@ class ProcessRewardTrainer:
         """Train for ``num_steps`` steps; ``accuracy`` is the share of steps on the right side of ½."""
         config, examples = self.config, self.encode(rows)
         held_out = None if validation is None else self.encode(validation)
-        module = self.model.reward_model.module
+        module = self.module
         trainer = ModelTrainer(module, config, total_steps=config.num_steps)
 
         def step(batch: Sequence[Steps]) -> dict[str, float]:

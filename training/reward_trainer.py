@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from base_setup.tokenizer_setup import encode_pair
@@ -43,6 +44,11 @@ class RewardTrainer:
     def __init__(self, base: LanguageModel, config: RewardModelConfig) -> None:
         self.config = config
         self.reward_model = RewardModel(base, config)
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.reward_model.module
 
     # -- Rows -----------------------------------------------------------------------------------------
 
@@ -123,14 +129,19 @@ class RewardTrainer:
         partners = Partners([ranking.answers[0] for ranking in rankings])
         generator = np.random.default_rng([config.seed, 1])
         for batch in batches:
-            answers = [ranking.answers[0] for ranking in batch]
-            if config.pairing == "lists":
-                if len({answer.reward for answer in answers}) < 2:  # nothing to compare among themselves
-                    answers.append(partners.other(answers[0], generator))
-                yield lists_of(answers, config.list_size)
-            else:
-                draw = partners.nearest if config.pairing == "nearest" else partners.other
-                yield [Ranking([answer, draw(answer, generator)]) for answer in answers]
+            yield self._compared([ranking.answers[0] for ranking in batch], generator, partners)
+
+    def _compared(
+        self, answers: list[Answer], generator: np.random.Generator, partners: Partners | None = None
+    ) -> list[Ranking]:
+        """Scored answers in lists as ``pairing`` says, beside ``partners`` (None: one another)."""
+        partners = partners or Partners(answers)
+        if self.config.pairing == "lists":
+            if len({answer.reward for answer in answers}) < 2:  # nothing to compare among themselves
+                answers = [*answers, partners.other(answers[0], generator)]
+            return lists_of(answers, self.config.list_size)
+        draw = partners.nearest if self.config.pairing == "nearest" else partners.other
+        return [Ranking([answer, draw(answer, generator)]) for answer in answers]
 
     def _step(self, trainer: ModelTrainer, batch: Sequence[Ranking]) -> dict[str, float]:
         parts = micro_batches(batch, self.config.micro_batch_size)
@@ -164,7 +175,8 @@ class RewardTrainer:
     def report(self, rows: Sequence[Row]) -> RewardReport:
         """Accuracy, margins, calibration and what length has to do with it, on rows that training has not seen.
 
-        Scored answers are compared in lists of ``list_size``, whatever ``pairing`` is.
+        Scored answers are compared as ``pairing`` says: in lists of ``list_size``, or each with one other, drawn
+        alike in every report.
         """
         return self._report(self._encoded(rows))
 
@@ -173,11 +185,15 @@ class RewardTrainer:
             id(a): n for ranking, counts in encoded for a, n in zip(ranking.answers, counts, strict=True)
         }
         rankings = [ranking for ranking, _ in encoded]
-        if all(len(ranking.answers) == 1 for ranking in rankings):
-            rankings = lists_of([ranking.answers[0] for ranking in rankings], self.config.list_size)
         answers = [answer for ranking in rankings for answer in ranking.answers]
-        starts = np.cumsum([0, *(len(ranking.answers) for ranking in rankings)]).tolist()
-        pairs = [p for start, one in zip(starts, rankings, strict=False) for p in one.comparisons(start)]
+        place = {id(answer): i for i, answer in enumerate(answers)}
+        if all(len(ranking.answers) == 1 for ranking in rankings):
+            rankings = self._compared(answers, np.random.default_rng([self.config.seed, 2]))
+        pairs = [
+            (place[id(one.answers[i])], place[id(one.answers[j])])
+            for one in rankings
+            for i, j in one.comparisons(0)
+        ]
         return reward_report(
             self._raw_scores([answer.ids for answer in answers]),
             np.array([lengths[id(answer)] for answer in answers]),

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from base_setup.lora_setup import fuse_adapters
-from config.errors import DataLoadError
-from config.supervised_config import SFTConfig
+from base_setup.soft_prompt import soft_prompt_of
+from config.errors import DataLoadError, InvalidConfigurationError
+from config.supervised_config import NO_PACKED_SOFT_PROMPT, SFTConfig
 from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel
 from token_attribution.logprob_computer import read_states
@@ -36,6 +38,10 @@ class SFTTrainer:
     def __init__(self, base: LanguageModel, config: SFTConfig) -> None:
         self.config = config
         self.policy = PolicyModel(base, config)
+        if (
+            config.packing and soft_prompt_of(self.policy.model) is not None
+        ):  # a loaded adapter may have brought one
+            raise InvalidConfigurationError(NO_PACKED_SOFT_PROMPT)
         self.packs = config.packing and can_pack(self.policy.model, self.policy.trunk)
         self.notes: list[str] = []
         if config.packing and not self.packs:
@@ -43,6 +49,11 @@ class SFTTrainer:
                 f"packing: sequences that share a row would see each other in this architecture "
                 f"({type(self.policy.model).__module__}); each has a row of its own"
             )
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains."""
+        return self.policy.model
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Rows with ``prompt`` (a text or a chat) and ``completion``, or with one ``text``, as tokens.

@@ -190,6 +190,10 @@ class System:
     tables: frozenset[str] = frozenset()  # settings whose value is a table, so no heading
     flags: tuple[Flag, ...] = field(default=())
     file_variable: str | None = None  # of the environment: names the file where no other is named
+    stage: str | None = None  # the one config class that its names are for, if they are
+    other_stages: Mapping[str, str] = field(
+        default_factory=dict
+    )  # config class → the system that has its names there
 
     def knows(self, name: str) -> bool:
         """Whether the name means something else here, or nothing."""

@@ -69,7 +69,8 @@ def _scale(values: Values, name: str) -> str:
     return str(value)
 
 
-def _schedule(values: Values, name: str) -> str:
+def schedule_name(values: Values, name: str) -> str:
+    """Our name of a schedule of transformers."""
     kind = values.text(name)
     if kind not in SCHEDULES:
         values.refuse(name, f"one of {', '.join(SCHEDULES)}")
@@ -84,6 +85,7 @@ def _level(values: Values, name: str) -> str:
 TRL = System(
     name="trl",
     title="TRL",
+    other_stages={"PreferenceConfig": "trl-preference"},
     settings=table(
         ("model_name_or_path", same("model_name")),
         ("loss_type", Together(_loss, "`algorithm`, `reduction`")),
@@ -107,7 +109,7 @@ TRL = System(
         ("missing_eos_penalty", same("missing_end_penalty")),
         ("num_train_epochs", same("num_epochs")),
         ("max_steps", Renamed("num_steps", lambda values, name: max(values.number(name), 0) or None)),
-        ("lr_scheduler_type", Renamed("lr_schedule", _schedule)),
+        ("lr_scheduler_type", Renamed("lr_schedule", schedule_name)),
         ("adam_epsilon", same("adam_eps")),
         ("ref_model_sync_steps", same("reference_sync_every")),
         ("ref_model_mixup_alpha", same("reference_mixup")),

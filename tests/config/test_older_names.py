@@ -454,6 +454,80 @@ def test_mlx_lms_yaml(tmp_path: Path) -> None:
     }
 
 
+# TRL's preference trainers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"beta": "0.2", "loss_type": "sigmoid"}, {"preference_beta": 0.2}),
+        (
+            {"loss_type": "['ipo']".replace("'", '"'), "beta": "0.1"},
+            {"algorithm": "ipo", "preference_beta": 0.1},
+        ),
+        ({"reference_free": "true"}, {"algorithm": "cpo", "nll_weight": 0.0}),
+        (
+            {"algorithm": "kto", "desirable_weight": "1.3", "undesirable_weight": "0.7"},
+            {"algorithm": "kto", "desirable_weight": 1.3, "undesirable_weight": 0.7},
+        ),
+        ({"algorithm": "orpo", "beta": "0.1"}, {"algorithm": "orpo", "preference_beta": 0.1}),
+        ({"cpo_alpha": "0.5", "loss_type": "sigmoid"}, {"algorithm": "cpo", "nll_weight": 0.5}),
+        (
+            {"loss_type": "simpo", "cpo_alpha": "0", "simpo_gamma": "0.7", "beta": "2.5"},
+            {"algorithm": "simpo", "target_margin": 0.7, "preference_beta": 2.5},
+        ),
+        (
+            {"loss_type": "simpo", "cpo_alpha": "0"},  # TRL's own defaults, which are not the paper's
+            {"algorithm": "simpo", "target_margin": 0.5, "preference_beta": 0.1},
+        ),
+        (
+            {"per_device_train_batch_size": "2", "gradient_accumulation_steps": "8", "max_steps": "50"},
+            {"batch_size": 16, "micro_batch_size": 2, "num_steps": 50},
+        ),
+        (
+            {"use_peft": "true", "load_in_4bit": "true", "disable_dropout": "true", "max_length": "256"},
+            {"fine_tune_type": "lora", "quantize_base": 4, "lora_dropout": 0.0, "max_sequence_length": 256},
+        ),
+        ({"label_smoothing": "0.1", "use_dora": "true"}, {"label_smoothing": 0.1, "fine_tune_type": "dora"}),
+    ],
+)
+def test_flags_of_trls_preference_trainers(flags: dict[str, str], expected: dict[str, Any]) -> None:
+    assert given(load("trl", PreferenceConfig, **flags)) == expected
+
+
+def test_what_they_have_and_preference_has_not_is_said() -> None:
+    def notes(**flags: Any) -> str:
+        return " ".join(load("trl", PreferenceConfig, **flags).notes)
+
+    assert "WARNING: command line --rpo-alpha: rpo_alpha: a loss beside DPO's is not there" in notes(
+        rpo_alpha="1"
+    )
+    assert "WARNING: command line --num-train-epochs" in notes(num_train_epochs="3")
+    assert "WARNING: command line --cpo-alpha: cpo_alpha: the answer's own" in notes(
+        loss_type="simpo", cpo_alpha="1"
+    )
+    assert "no row is cut here" in notes(max_prompt_length="512")
+    assert "β is another one" in notes(loss_type="ipo")
+    assert "averages" not in notes(loss_type="sigmoid")
+    with pytest.raises(
+        InvalidConfigurationError, match=r"loss_type: one of sigmoid, .* is expected, found \W*hinge"
+    ):
+        load("trl", PreferenceConfig, loss_type="hinge")
+    with pytest.raises(
+        InvalidConfigurationError, match='"trl-preference" has names for PreferenceConfig alone'
+    ):
+        load("trl-preference", PPOConfig, beta="0.1")
+
+
+def test_a_file_for_dpo_is_recognised_where_preferences_are_learned(tmp_path: Path) -> None:
+    file = tmp_path / "dpo.yaml"
+    file.write_text("model_name_or_path: m\nbeta: 0.3\nloss_type: ipo\nrun_name: r\n", encoding="utf-8")
+    loaded = load_config(PreferenceConfig, files=file, environ={})
+    assert given(loaded) == {"model_name": "m", "algorithm": "ipo", "preference_beta": 0.3}
+    file.write_text("model_name_or_path: m\nbeta: 0.3\nnum_generations: 4\n", encoding="utf-8")
+    assert load_config(PPOConfig, files=file, environ={}).config.kl_coef == 0.3
+
+
 # The tables ----------------------------------------------------------------------------------------------
 
 
@@ -477,7 +551,7 @@ def test_nonsense_gives_a_config_or_a_sentence(system: str, value: Any) -> None:
     for name in SYSTEMS[system].settings:
         for found in (value, str(value)[:20]):
             try:
-                load(system, **{name: found})
+                load(system, PreferenceConfig if SYSTEMS[system].stage else PPOConfig, **{name: found})
             except InvalidConfigurationError as error:
                 assert "command line" in str(error) or "(" in str(error)  # noqa: PT017
 

@@ -11,11 +11,11 @@ import pytest
 from config.data_config import DataConfig
 from config.errors import DataLoadError
 from data_loading.checking import check_file
-from data_loading.loading import load_pairs, load_preferences, load_prompts
+from data_loading.loading import load_pairs, load_preferences, load_prompts, load_steps
 from data_loading.schemas import SCHEMAS
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-LOADERS: dict[str, Any] = {f.__name__: f for f in (load_prompts, load_pairs, load_preferences)}
+LOADERS: dict[str, Any] = {f.__name__: f for f in (load_prompts, load_pairs, load_preferences, load_steps)}
 #: name, the paragraph after it, rows
 EXAMPLES = re.findall(r"^\*\*(.+?)\*\*(.*?)```jsonl\n(.*?)```", DOCUMENT, re.DOTALL | re.MULTILINE)
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from config.data_config import DataConfig
 from config.errors import DataLoadError
-from data_loading.loading import load_pairs, load_preferences, load_prompts
+from data_loading.loading import has_steps, load_pairs, load_preferences, load_prompts, load_steps
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 OTHER = {"role": "assistant", "content": "What?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
-LOAD: dict[str, Any] = {"prompts": load_prompts, "pairs": load_pairs, "preferences": load_preferences}
+LOAD: dict[str, Any] = {
+    "prompts": load_prompts,
+    "pairs": load_pairs,
+    "preferences": load_preferences,
+    "steps": load_steps,
+}
 
 
 @pytest.mark.parametrize(
@@ -97,13 +103,37 @@ LOAD: dict[str, Any] = {"prompts": load_prompts, "pairs": load_pairs, "preferenc
             "preferences",
             {"prompt": "a", "completions": ["x", "y", "z"]},
             "ranked",
-            [("a", "x", "y"), ("a", "x", "z"), ("a", "y", "z")],
+            [("a", ["x", "y", "z"], [0.0, -1.0, -2.0])],
         ),
         (
-            "preferences",  # y = z: no comparison between them
-            {"prompt": "a", "completions": ["x", "y", "z"], "rewards": [0, "1", 1.0]},
+            "preferences",  # the best first, in the file's order where rewards are equal
+            {"prompt": "a", "completions": ["x", "y", [ASSISTANT]], "rewards": [0, "1", 1.0]},
             "ranked",
-            [("a", "y", "x"), ("a", "z", "x")],
+            [("a", ["y", "Hello!", "x"], [1.0, 1.0, 0.0])],
+        ),
+        (
+            "preferences",  # as a cell of a table
+            {"prompt": "a", "completions": ' ["x", "y"]', "rewards": "[1, 2.5]"},
+            "ranked",
+            [("a", ["y", "x"], [2.5, 1.0])],
+        ),
+        (
+            "steps",
+            {"prompt": "a", "steps": ["x", "y\n"], "labels": [True, 0.25]},
+            "stepwise supervision (prompt, steps",
+            [("a", ["x", "y\n"], [1.0, 0.25])],
+        ),
+        (
+            "steps",  # TRL's
+            {"prompt": [USER], "completions": ["x", "y"], "labels": [True, False]},
+            "stepwise supervision (prompt, completions",
+            [([USER], ["x", "y"], [1.0, 0.0])],
+        ),
+        (
+            "steps",
+            {"prompt": "a", "steps": '["x"]', "labels": "[false]"},
+            "stepwise supervision (prompt, steps",
+            [("a", ["x"], [0.0])],
         ),
         ("preferences", {"prompt": "a", "completion": "b", "reward": "0.25"}, "scored", [("a", "b", 0.25)]),
         ("preferences", {"text": "8 20", "reward": "-1e-1"}, "scored text", [("", "8 20", -0.1)]),
@@ -186,6 +216,39 @@ def test_a_row_becomes(kind: str, row: dict[str, Any], schema: str, expected: li
         ),
         ("preferences", {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1]}, "of different rank"),
         ("preferences", {"prompt": "a", "completions": "b"}, '"completions" must be a list, found a text'),
+        ("preferences", {"prompt": "a", "completions": '["b"'}, "not JSON at column"),
+        (
+            "preferences",
+            {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]},
+            '"scores" stands beside "completions".*give rewards_column="scores" if more of it is better',
+        ),
+        ("preferences", {"prompt": "a", "responses": ["b", "c"]}, 'try completions_column="responses"$'),
+        (
+            "preferences",
+            {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]},
+            "found stepwise supervision .*; that is read by load_steps",
+        ),
+        (
+            "steps",
+            {"prompt": "a", "completions": ["b", "c"]},
+            "an answer in steps with .* found ranked answers",
+        ),
+        ("steps", {"prompt": "a", "chosen": "b", "rejected": "c"}, "that is read by load_preferences"),
+        ("steps", {"prompt": "a", "steps": [], "labels": []}, '"steps" has no steps'),
+        (
+            "steps",
+            {"prompt": "a", "steps": ["b", 3], "labels": [1, 1]},
+            '"steps", step 2: a text is expected',
+        ),
+        ("steps", {"prompt": "a", "steps": ["b", " "], "labels": [1, 1]}, '"steps, step 2" is empty'),
+        ("steps", {"prompt": "a", "steps": ["b"], "labels": [1, 1]}, r"one entry per step \(1\), found 2"),
+        (
+            "steps",
+            {"prompt": "a", "steps": ["b"], "labels": [2]},
+            "a number from 0 to 1 is expected, found 2",
+        ),
+        ("steps", {"prompt": "a", "steps": ["b"], "labels": ["+"]}, "'\\+'"),
+        ("steps", {"prompt": "a", "steps": ["b"], "labels": [float("nan")]}, "found nan"),
         (
             "preferences",
             {"prompt": "a", "completion": "b", "reward": "good"},
@@ -243,6 +306,14 @@ def test_columns_have_the_names_that_the_config_says() -> None:
         "completion": "a",
         "reward": 2.0,
     }
+    config = DataConfig(completions_column="answers", rewards_column="scores")
+    assert load_preferences([{"prompt": "a", "answers": ["b", "c"], "scores": [1, 2]}], config)[0] == {
+        "prompt": "a",
+        "completions": ["c", "b"],
+        "rewards": [2.0, 1.0],
+    }
+    config = DataConfig(steps_column="solution", labels_column="ratings")
+    assert load_steps([{"prompt": "a", "solution": ["b"], "ratings": [1]}], config)[0]["labels"] == [1.0]
     config = DataConfig(messages_column="conversation")
     assert load_pairs([{"conversation": [USER, ASSISTANT]}], config)[0]["completion"] == "Hello!"
 
@@ -261,3 +332,39 @@ def test_the_system_message_of_a_row_comes_before_the_configs() -> None:
     assert prompt({"messages": [USER, ASSISTANT]}) == [SYSTEM, USER]
     assert prompt("Hi", DataConfig()) == "Hi"
     assert prompt("Hi", DataConfig(prompt_format="chat")) == [USER]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (['{"prompt": "a", "completions": ["b"], "labels": [true]}'], True),
+        (["", '{"junk": 1}', '{"prompt": "a", "steps": ["b"], "labels": [1]}'], True),
+        (
+            ['{"prompt": "a", "completions": ["b", "c"]}', '{"prompt": "a", "steps": ["b"], "labels": [1]}'],
+            False,
+        ),
+        (['{"prompt": "a", "chosen": "b", "rejected": "c", "steps": [], "labels": []}'], False),
+        (["{"], False),
+    ],
+)
+def test_whether_a_file_has_steps_is_seen_in_its_first_row_that_fits_anything(
+    tmp_path: Path, rows: list[str], expected: bool
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(rows) + "\n")
+    assert has_steps(DataConfig(train_path=str(file))) == expected
+
+
+def test_lists_come_from_tables_too(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    import datasets
+
+    ranked = [{"prompt": "a", "completions": ["b", "c"], "rewards": [1.0, 2.0]}]
+    steps = [{"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}]
+    for name, rows in (("ranked", ranked), ("steps", steps)):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "steps.csv").write_text('prompt,steps,labels\na,"[""b"", ""c""]","[true, false]"\n')
+    assert load_preferences(tmp_path / "ranked.parquet")[0]["completions"] == ["c", "b"]
+    expected = {"prompt": "a", "steps": ["b", "c"], "labels": [1.0, 0.0]}
+    assert load_steps(tmp_path / "steps.parquet")[0] == expected
+    assert load_steps(tmp_path / "steps.csv")[0] == expected

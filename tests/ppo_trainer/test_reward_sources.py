@@ -16,10 +16,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from base_setup.tokenizer_setup import byte_tokenizer, prepare_prompt
 from config.errors import InvalidConfigurationError, ModelLoadError, RewardError
 from config.ppo_config import PPOConfig
-from config.supervised_config import RewardModelConfig
+from config.supervised_config import ProcessRewardConfig, RewardModelConfig
 from experience_buffer.data_structures import Prompt, Rollout
+from models.process_reward_model import ProcessRewardModel
 from models.reward_model import RewardModel
-from models.sft_model import LanguageModel
+from models.sft_model import LanguageModel, load_language_model
 from ppo_trainer.evaluator import score_metrics, score_rollouts
 from ppo_trainer.ppo_trainer import PPOTrainer
 from ppo_trainer.reward_sources import build_rewards
@@ -56,6 +57,71 @@ def test_a_saved_reward_model_by_its_folder(
     assert made.rewards.names == ["reward_model"]
     np.testing.assert_allclose(
         made.rewards.score(["a"], ["b"]).total, saved.score_texts(["a"], ["b"]), rtol=1e-5, atol=1e-6
+    )
+
+
+def process_model(tiny: LanguageModel, config: Any, folder: Path) -> ProcessRewardModel:
+    model = ProcessRewardModel(RewardModel(tiny, config), "\n", "product")
+    model.save(folder)
+    return model
+
+
+def test_a_saved_process_reward_model_by_its_folder(
+    trainer: Callable[..., PPOTrainer], make_config: Callable[..., Any], tiny: LanguageModel, tmp_path: Path
+) -> None:
+    saved = process_model(tiny, make_config(ProcessRewardConfig), tmp_path / "prm")
+    ((first, second),) = saved.step_scores(["a"], [["b", "c"]])
+    folder = f"learned:{tmp_path / 'prm'}"
+    by_hand = {
+        folder: first * second,
+        str(tmp_path / "prm"): first * second,
+        "min": min(first, second),
+        "mean": (first + second) / 2,
+    }
+    for name, expected in by_hand.items():
+        spec: Any = (
+            {"name": folder, "config": {"step_reward": name}} if name in ("min", "mean") else {name: 1.0}
+        )
+        made = trainer(spec)
+        assert made.rewards.names == ["process_reward_model"]
+        assert made.rewards.score(["a"], ["b\nc"]).total[0] == pytest.approx(expected, abs=1e-5)
+    metrics = trainer(folder).train(["a", "b"], num_epochs=1)
+    assert 0 <= metrics["rewards/process_reward_model/mean"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        ("prm", {"aggregate": "min"}, r'"aggregate" is no option of .*prm \(there is: step_reward\)'),
+        ("prm", {"step_reward": "max"}, "is one of min, product, mean, last, found 'max'"),
+        ("rm", {"step_reward": "min"}, '"step_reward" is no option of .*rm, which has no options'),
+    ],
+)
+def test_options_of_a_learned_reward_are_refused_before_a_weight_is_loaded(
+    make_config: Callable[..., Any],
+    tiny: LanguageModel,
+    tmp_path: Path,
+    kind: str,
+    options: dict[str, Any],
+    sentence: str,
+) -> None:
+    model = process_model(tiny, make_config(ProcessRewardConfig), tmp_path / "prm")
+    model.reward_model.save(tmp_path / "rm")
+    spec = {"name": f"learned:{tmp_path / kind}", "config": options}
+    with pytest.raises(InvalidConfigurationError, match=sentence):
+        PPOTrainer(PPOConfig(model_name="no/such-model"), reward_model=spec)
+
+
+def test_a_reward_model_on_another_base_of_the_same_name_brings_its_own(
+    trainer: Callable[..., PPOTrainer], make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The embedded model of another seed, with adapters: other weights under the same name."""
+    config = make_config(RewardModelConfig, seed=5)
+    saved = RewardModel(load_language_model(config), config)
+    saved.save(tmp_path / "rm")
+    made = trainer(f"learned:{tmp_path / 'rm'}")
+    assert made.rewards.score(["a"], ["b"]).total[0] == pytest.approx(
+        saved.score_texts(["a"], ["b"])[0], abs=1e-5
     )
 
 
@@ -160,7 +226,7 @@ def test_a_template_that_opens_the_thinking_is_seen() -> None:
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ({"config": {"scale": 2}}, r"learned model, which takes no config \(scale\)"),
+        ({"config": {"scale": 2}}, '"scale" is no option of'),
         ({"wieght": 2}, "'wieght'"),
     ],
 )

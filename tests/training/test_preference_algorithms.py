@@ -147,6 +147,26 @@ def test_the_baseline_of_kto_is_a_kl_never_negative_and_without_gradient() -> No
     assert not np.array(mx.grad(lambda x: kto_baseline(x, array([0.0])))(array([2.0]))).any()
 
 
+def test_no_gradient_of_kto_goes_through_its_baseline() -> None:
+    answers = Answers(array(C), array(REF_C), array(LENGTHS_C))
+    slope = mx.grad(lambda z: kto(answers, mx.array(GOOD), z, KTO).sum())(mx.array(0.9))
+    assert slope.item() == 0
+
+
+def test_no_gradient_of_any_loss_goes_to_the_reference() -> None:
+    for name in ("dpo", "ipo"):
+        loss, options = PREFERENCE_ALGORITHMS[name].loss, dict(PREFERENCE_ALGORITHMS[name].options)
+        assert loss is not None
+        rejected = Answers(array(R), array(REF_R), array(LENGTHS_R))
+
+        def total(
+            ref: mx.array, loss: Any = loss, options: Any = options, rejected: Any = rejected
+        ) -> mx.array:
+            return mx.sum(loss(Answers(array(C), ref, array(LENGTHS_C)), rejected, options))
+
+        assert not np.array(mx.grad(total)(array(REF_C))).any()
+
+
 def test_log_odds_are_right_near_certainty_and_finite_at_it() -> None:
     for p in (1e-6, 0.3, 0.5, 0.999):
         assert log_odds(array([np.log(p)])).item() == pytest.approx(np.log(p / (1 - p)), rel=1e-3, abs=1e-6)

@@ -268,3 +268,34 @@ def test_kto_reads_labels_rewards_and_pairs_alike(base: LanguageModel) -> None:
     assert [c[1:] for c in trainer.encode(by_label)] == [c[1:] for c in trainer.encode(by_reward)]
     goods = [c.good for c in trainer.encode(PAIRS)]
     assert goods == [True, False] * 3
+
+
+def test_kto_measures_its_kl_on_each_prompt_with_the_next_ones_answer(base: LanguageModel) -> None:
+    rows = [
+        {"prompt": p, "completion": c, "label": True} for p, c in (("ab", "cd"), ("q", "efg"), ("hello", "h"))
+    ]
+    trainer = trainer_of(base, "kto", num_steps=20, learning_rate=1e-2)
+    trainer.train(rows)
+    mixed = [("ab", "efg"), ("q", "h"), ("hello", "cd")]
+    kl = [
+        summed_logprob(trainer.policy.model, base.tokenizer, *one)[0]
+        - summed_logprob(base.model, base.tokenizer, *one)[0]
+        for one in mixed
+    ]
+    assert np.mean(kl) > 0.1
+    assert trainer._prepare(trainer.encode(rows), {}).baseline == pytest.approx(np.mean(kl), rel=1e-4)
+
+
+@ALL
+def test_a_ranked_list_is_its_pairs(base: LanguageModel, name: str) -> None:
+    lists = [
+        {"prompt": "ab", "completions": ["c", "dd", "e"], "rewards": [2.0, 1.0, 1.0]},
+        {"prompt": "q", "completions": ["x", "y"], "rewards": [1.0, 0.0]},
+    ]
+    pairs = [
+        {"prompt": "ab", "chosen": "c", "rejected": "dd"},
+        {"prompt": "ab", "chosen": "c", "rejected": "e"},
+        {"prompt": "q", "chosen": "x", "rejected": "y"},
+    ]
+    trainer = trainer_of(base, name)
+    assert trainer.encode(lists) == trainer.encode(pairs)

@@ -9,12 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from config.errors import DataLoadError
+from config.errors import CheckpointError, DataLoadError
 from config.model_config import ModelConfig
 from config.supervised_config import ProcessRewardConfig
+from models.process_reward_model import STEP_REWARDS, ProcessRewardModel
+from models.reward_model import RewardModel
 from models.sft_model import LanguageModel, build_embedded
 from training.preference_loss import step_loss
-from training.process_reward_trainer import ProcessRewardModel, ProcessRewardTrainer
+from training.process_reward_trainer import ProcessRewardTrainer
 
 SMALLEST = ModelConfig(
     hidden_size=32, num_attention_heads=2, num_key_value_heads=1, num_layers=2, intermediate_size=64
@@ -102,9 +104,52 @@ def test_wrong_steps_are_found_in_answers_not_seen_and_the_reward_is_the_worst_s
             {"prompt": "a", "steps": ["b"], "labels": [2]},
             "a label is true, false or a number from 0 to 1, found 2",
         ),
+        (
+            {"prompt": "a", "steps": ["b\n", "c\nd"], "labels": [1, 0]},
+            "step 2 has step_separator '.n' inside, where answers are cut",
+        ),
         ({"prompt": "a" * 30, "steps": ["b"], "labels": [1]}, "32 tokens, max_sequence_length is 20"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(base: LanguageModel, row: Any, sentence: str) -> None:
     with pytest.raises(DataLoadError, match=rf"process rows\[0\]: {sentence}"):
         trainer_of(base, max_sequence_length=20).train([row])
+
+
+def test_what_an_answer_is_worth_whose_steps_are_right_with_these_probabilities() -> None:
+    steps = [0.5, 0.25, 1.0]
+    found = {name: make(steps) for name, make in STEP_REWARDS.items()}
+    assert found == {"min": 0.25, "product": 0.125, "mean": pytest.approx(1.75 / 3), "last": 1.0}
+
+
+@pytest.mark.parametrize("step_reward", STEP_REWARDS)
+def test_the_folder_says_what_it_is_and_how_it_scores(
+    base: LanguageModel, tmp_path: Path, step_reward: Any
+) -> None:
+    trainer = trainer_of(base, step_separator="; ", step_reward=step_reward)
+    trainer.model.save(tmp_path / "prm")
+    again = ProcessRewardModel.load(tmp_path / "prm", base)
+    assert (again.separator, again.step_reward) == ("; ", step_reward)
+    ((first, second),) = trainer.model.step_scores(["q"], [["ab", "c"]])
+    by_hand = {
+        "min": min(first, second),
+        "product": first * second,
+        "mean": (first + second) / 2,
+        "last": second,
+    }
+    for text in ("ab; c", "ab; c; ", "ab; ; c"):
+        assert again(["q"], [text]) == [pytest.approx(by_hand[step_reward], abs=1e-5)]
+    with pytest.raises(
+        CheckpointError, match=r"a process reward model, whose head .* ProcessRewardModel.load"
+    ):
+        RewardModel.load(tmp_path / "prm", base)
+    trainer.model.reward_model.save(tmp_path / "rm")
+    with pytest.raises(
+        CheckpointError, match=r"for whole answers, not for steps; load it with RewardModel.load"
+    ):
+        ProcessRewardModel.load(tmp_path / "rm", base)
+
+
+def test_a_step_may_bring_its_separator(base: LanguageModel) -> None:
+    model = trainer_of(base).model
+    assert model.encode("q", ["a\n", "b"]) == model.encode("q", ["a", "b\n"])

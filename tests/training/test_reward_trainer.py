@@ -397,3 +397,32 @@ def test_lists_and_margins_that_cannot_be_used_are_named(
 ) -> None:
     with pytest.raises(DataLoadError, match=sentence):
         trainer_of(base).train(rows)
+
+
+def test_the_report_compares_as_pairing_says(base: LanguageModel) -> None:
+    """Four answers of rewards 0, 1, 3 and 7: all six pairs; each with the nearest; each with one that is drawn."""
+    rows = scored(["a", "bb", "ccc", "dddd"], [0, 1, 3, 7])
+    score = [raw_score(trainer_of(base), "q", row["completion"]) for row in rows]
+
+    def expected(pairs: Sequence[tuple[int, int]]) -> Any:
+        margins = [score[better] - score[worse] for better, worse in pairs]
+        return (
+            len(pairs),
+            pytest.approx(np.mean(margins), abs=1e-5),
+            pytest.approx(np.mean([minus_log_sigmoid(m) for m in margins]), abs=1e-5),
+        )
+
+    def found(pairing: str) -> Any:
+        report = trainer_of(base, pairing=pairing).report(rows)
+        assert report.answers == 4
+        assert report.length_correlation == pytest.approx(np.corrcoef(score, [2, 3, 4, 5])[0, 1], abs=1e-4)
+        return report.comparisons, report.margin_mean, report.loss
+
+    assert found("lists") == expected([(1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (3, 2)])
+    # The nearest of 0 is 1, of 1 is 0, of 3 is 1, of 7 is 3; the better one stands first.
+    assert found("nearest") == expected([(1, 0), (1, 0), (2, 1), (3, 2)])
+    drawn = found("random")
+    assert drawn == found("random")
+    partners = itertools.product(*[[j for j in range(4) if j != i] for i in range(4)])
+    possible = [[(max(i, j), min(i, j)) for i, j in enumerate(chosen)] for chosen in partners]
+    assert any(drawn == expected(pairs) for pairs in possible)

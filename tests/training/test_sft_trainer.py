@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from base_setup.lora_setup import adapter_layers
 from base_setup.tokenizer_setup import encode
-from config.errors import DataLoadError
+from config.errors import DataLoadError, InvalidConfigurationError
 from config.model_config import ModelConfig
 from config.supervised_config import SFTConfig
 from models.sft_model import LanguageModel, build_embedded
@@ -315,6 +316,53 @@ def test_packed_rows_have_the_gradient_of_the_unpacked(
     assert largest > 1e-3
     assert max(float(np.abs(one[k] - other[k]).max()) for k in one) < 1e-5 * max(largest, 1)
     assert packing.loss(MIXED) == pytest.approx(plain.loss(MIXED), abs=1e-5)
+
+
+def test_packed_rows_and_a_soft_prompt_are_refused(base: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigurationError, match="packing: a soft prompt stands before every example"):
+        config(packing=True, fine_tune_type="soft_prompt")
+    with pytest.raises(InvalidConfigurationError, match="packing: a soft prompt"):
+        config(packing=True, fine_tune_type="lora", soft_prompt_text="Be brief.")
+    SFTTrainer(base, config(fine_tune_type="soft_prompt")).policy.save(tmp_path / "adapter")
+    brought = config(packing=True, fine_tune_type="lora", adapter_path=str(tmp_path / "adapter"))
+    with pytest.raises(InvalidConfigurationError, match="packing: a soft prompt"):
+        SFTTrainer(base, brought)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_head_sees_learned_tokens_alone_a_chunk_at_a_time(
+    base: LanguageModel, monkeypatch: pytest.MonkeyPatch, packing: bool, kind: str
+) -> None:
+    """No (B, T, V) is ever made: a call has at most a chunk of logits, and all calls have those of learned tokens."""
+    from token_attribution import vocabulary
+
+    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 4 * 259)
+    trainer = SFTTrainer(base, config(packing=packing, fine_tune_type=kind, max_sequence_length=32))
+    trunk, seen = trainer.policy.trunk, list[int]()
+    assert trunk is not None
+
+    def head(states: mx.array) -> mx.array:
+        logits = trunk.head(states)
+        seen.append(logits.size // 259)
+        return logits
+
+    trainer.policy.trunk = trunk._replace(head=head)
+    examples = trainer.encode(MIXED)
+    learned = sum(example.n_learned for example in examples)
+    assert learned < sum(len(example.ids) for example in examples)
+    loss = trainer.loss(MIXED)
+    assert max(seen) <= 4
+    assert (
+        learned <= sum(seen) <= learned + 3
+    )  # each of three batches asks one state how wide the vocabulary is
+    seen.clear()
+    gradient_of(trainer, MIXED)
+    assert max(seen) <= 4
+    seen.clear()
+    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", 1 << 25)
+    assert trainer.loss(MIXED) == pytest.approx(loss, abs=1e-5)
+    assert max(seen) > 4
 
 
 def test_micro_batches_of_packed_rows_count_rows(base: LanguageModel) -> None:
