@@ -59,8 +59,8 @@ def take_run_config(options: argparse.Namespace) -> None:
     resume = said.get("resume")
     if resume is None or options.config or options.preset or options.from_system:
         return
+    from checkpointing.resuming import LATEST, run_folder_of
     from command_line.checkpoints import written_down
-    from ppo_trainer.resuming import LATEST, run_folder_of
 
     where = said.get("output_dir") if resume == LATEST else resume
     if where is None:
@@ -96,9 +96,9 @@ def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig
     Args:
         own_prompts: without data, and with the score of the digit task, take that task's prompts.
     """
+    from checkpointing.resuming import find_resume
     from command_line.checks import check_model, check_output, digit_rows, read_rows
     from ppo_trainer.reference import check_reference_path
-    from ppo_trainer.resuming import find_resume
     from ppo_trainer.reward_sources import build_rewards
 
     config, _ = resolved(loaded)
