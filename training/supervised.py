@@ -41,8 +41,8 @@ def place_of(rows: Sequence[Any], index: int, name: str) -> str:
 class ShuffledBatches(Generic[Row]):
     """Batch after batch of ``size`` rows: epoch after epoch, each in a fresh order, no row twice in one pass.
 
-    ``batches(number)``, from 0, follows from (seed, number) alone, so that a run may begin anywhere. Without ``shuffle``
-    every epoch has the rows' own order.
+    ``batches(number)``, from 0, follows from (seed, number) alone, so that a run may begin anywhere. Without
+    ``shuffle`` every epoch has the rows' own order.
     """
 
     def __init__(self, rows: Sequence[Row], size: int, seed: int, *, shuffle: bool = True) -> None:
@@ -105,8 +105,7 @@ class Task(Generic[Batch]):
         batches: the batch of each number from 0, whichever was asked for before.
         step: takes an optimiser step on a batch, and says its metrics.
         save, load: of the weights that train.
-        origins: fingerprints of what it is made from (see ``training_state.TrainingState``); asked for a run in a folder
-            alone.
+        origins: fingerprints of what it is made from (see ``training_state.TrainingState``); asked of runs in a folder.
         validate: metrics on rows held out, ``loss`` among them. None: no validation, and no early stopping.
         keepers: by name.
     """
