@@ -47,7 +47,8 @@ class Mutant(NamedTuple):
     tests: str  # what should notice: pytest arguments
 
 
-#: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add, 17 what speed does.
+#: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add, 17 what speed does, 18
+#: what a resume does.
 MISTAKES = {
     1: "temperature missing in one of the forwards, or truncated sampling taken for the policy's",
     2: "off by one between logits and labels",
@@ -66,6 +67,7 @@ MISTAKES = {
     15: "preference losses: sign of the margin, pair or reference exchanged, score at padding; prompt in the loss",
     16: "rollouts not accounted for: weights inverted, differentiable, missing; dead groups by shaped scores",
     17: "passes shared, chunked or left out: positions, masks, slopes, denominators",
+    18: "resume: optimiser, schedule, order of batches, dropout, best weights or reference not what they were",
 }
 
 LOSS = "tests/training/test_policy_loss.py"
@@ -78,6 +80,7 @@ OPTIMISER = "tests/training/test_model_trainer.py"
 DECODING = "tests/models/test_decoding.py tests/models/test_decoding_rows.py"
 KL = "tests/reward_kl/test_kl_estimators.py tests/reward_kl/test_kl_gradients.py"
 GROUPS = "tests/advantage/test_group_relative.py"
+STAGES = "tests/training/test_stage_resume.py -k"
 SUMS = "tests/advantage/test_discounted_sums.py"
 VALUES = "tests/training/test_value_loss.py"
 PREFERENCES = "tests/training/test_preference_loss.py"
@@ -1024,6 +1027,99 @@ MUTANTS = (
         "written >= born]",
         "written >= 0 * born]",
         "tests/models/test_rollout_engine.py tests/models/test_decoding.py",
+    ),
+    # 18
+    Mutant(
+        18,
+        "steps-counted-anew",
+        "training/model_trainer.py",
+        "        self.optimizer.state = tree_map_with_path(lambda path, _: arrays[path], self.optimizer.state)",
+        "        self.optimizer.state = tree_map_with_path(\n"
+        '            lambda path, x: x if path == "step" else arrays[path], self.optimizer.state\n        )',
+        f"{STAGES} 'packed and schedule'",
+    ),
+    Mutant(
+        18,
+        "moments-begun-anew",
+        "training/model_trainer.py",
+        "        self.optimizer.state = tree_map_with_path(lambda path, _: arrays[path], self.optimizer.state)",
+        "        self.optimizer.state = tree_map_with_path(\n"
+        '            lambda path, x: x if path.endswith((".m", ".v")) else arrays[path], self.optimizer.state\n        )',
+        f"{STAGES} process",
+    ),
+    Mutant(
+        18,
+        "batches-one-on",
+        "training/supervised.py",
+        'self.step, self.metrics = int(counters["step"]), dict(progress["metrics"])',
+        'self.step, self.metrics = int(counters["step"]) + 1, dict(progress["metrics"])',
+        f"{STAGES} process",
+    ),
+    Mutant(
+        18,
+        "every-epoch-in-the-first-order",
+        "training/supervised.py",
+        "        while self._drawn < epoch:\n            self._generator.permutation(len(self.rows))\n",
+        "        while self._drawn < epoch:\n",
+        f"{STAGES} number_alone",
+    ),
+    Mutant(
+        18,
+        "partners-drawn-one-after-the-other",
+        "training/reward_trainer.py",
+        "        def compared(number: int) -> list[Ranking]:\n"
+        "            generator = np.random.default_rng([config.seed, 1, number])\n",
+        "        generator = np.random.default_rng([config.seed, 1])\n\n"
+        "        def compared(number: int) -> list[Ranking]:\n",
+        f"{STAGES} scored",
+    ),
+    Mutant(
+        18,
+        "dropout-from-the-seed",
+        "training/training_state.py",
+        '        set_random_state(state["random"])\n',
+        "",
+        f"{STAGES} process",
+    ),
+    Mutant(
+        18,
+        "patience-begun-anew",
+        "training/early_stopping.py",
+        'int(state["worse"])',
+        "0",
+        f"{STAGES} early",
+    ),
+    Mutant(
+        18,
+        "best-loss-forgotten",
+        "training/early_stopping.py",
+        'float(state["best"])',
+        "math.inf",
+        f"{STAGES} early",
+    ),
+    Mutant(
+        18,
+        "best-weights-forgotten",
+        "training/early_stopping.py",
+        "self.weights = dict(arrays) or None",
+        "self.weights = None",
+        f"{STAGES} early",
+    ),
+    Mutant(
+        18,
+        "reference-logprobs-computed-again",
+        "training/preference_trainer.py",
+        "            self.update(zip(rows, logprobs, strict=True))\n",
+        "            del rows, logprobs\n",
+        f"{STAGES} dpo",
+    ),
+    Mutant(
+        18,
+        "lines-twice",
+        "checkpointing/run_session.py",
+        '            self.recorder.go_on_from(saved.update, position[1]["files"], run_folder_of(saved.path))\n',
+        "",
+        f"{STAGES} process",
     ),
 )
 
