@@ -1033,18 +1033,16 @@ MUTANTS = (
         18,
         "steps-counted-anew",
         "training/model_trainer.py",
-        "        self.optimizer.state = tree_map_with_path(lambda path, _: arrays[path], self.optimizer.state)",
-        "        self.optimizer.state = tree_map_with_path(\n"
-        '            lambda path, x: x if path == "step" else arrays[path], self.optimizer.state\n        )',
+        "lambda path, _: arrays[path]",
+        'lambda path, x: x if path == "step" else arrays[path]',
         f"{STAGES} 'packed and schedule'",
     ),
     Mutant(
         18,
         "moments-begun-anew",
         "training/model_trainer.py",
-        "        self.optimizer.state = tree_map_with_path(lambda path, _: arrays[path], self.optimizer.state)",
-        "        self.optimizer.state = tree_map_with_path(\n"
-        '            lambda path, x: x if path.endswith((".m", ".v")) else arrays[path], self.optimizer.state\n        )',
+        "lambda path, _: arrays[path]",
+        'lambda path, x: x if path.endswith((".m", ".v")) else arrays[path]',
         f"{STAGES} process",
     ),
     Mutant(

@@ -7,7 +7,6 @@ metrics    = update(experience)          epochs of minibatches through the algor
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator as Iteration
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -56,6 +55,7 @@ from ppo_trainer.reference import build_reference, check_reference_path, describ
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
 from ppo_trainer.reward_sources import build_rewards
 from ppo_trainer.run_state import STAGE, RunState
+from ppo_trainer.timing import Clock, speed
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
 from rewards.scored_batch import ScoredBatch
@@ -109,8 +109,7 @@ class PPOTrainer:
                 "(rewards/default_reward.py)"
             )
         rewards_asked_for = reward_model if reward_model is not None else "well_formed"
-        named = build_rewards(rewards_asked_for, config)
-        check_outcome_reward(config, named.names)
+        check_outcome_reward(config, build_rewards(rewards_asked_for, config).names)
         self.callbacks = list(callbacks)
         Callbacks(self.callbacks)
         if value_model is not None and not self.algorithm.needs_critic:
@@ -119,12 +118,7 @@ class PPOTrainer:
             raise InvalidConfigurationError(
                 "tokenizer: a policy that is given has its own; leave one of them out"
             )
-        if config.adapter_path is not None:
-            read_description(Path(config.adapter_path).expanduser())
-        check_reference_path(config)
-        given = model is not None or policy is not None
-        if config.max_memory_gb is not None and not given and Path(config.model_name).expanduser().is_dir():
-            within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
+        _check_folders(config, self.algorithm, model_is_given=model is not None or policy is not None)
         self._session = RunSession(
             config, STAGE, self._provenance, "ppo_config.json", name=self.algorithm.name
         )
@@ -275,7 +269,7 @@ class PPOTrainer:
 
     def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
         """One batch of rollouts, from sampling to the last of its updates."""
-        clock = _Clock()
+        clock = Clock()
         rollouts, scored, collected = self._collect(prompts, clock)
         # A batch of dead groups alone teaches nothing, although penalties may tell its completions apart.
         teaches = collected.get("dynamic_sampling/live_groups") != 0
@@ -291,7 +285,7 @@ class PPOTrainer:
         metrics |= {"step": self.step, "epoch": epoch, "episode": self.episodes, **collected, **clock.laps}
         if not self.rollout_policy.is_current:
             metrics["sampling/policy_age"] = self.step - self.rollout_policy.synced_at
-        metrics |= _speed(rollouts, clock.laps)
+        metrics |= speed(rollouts, clock.laps)
         told("on_step_end", self.step, metrics)
         told("on_samples", self.step, self._latest_samples)
         return metrics
@@ -374,7 +368,7 @@ class PPOTrainer:
         return rollouts
 
     def _collect(
-        self, prompts: Sequence[Prompt], clock: _Clock
+        self, prompts: Sequence[Prompt], clock: Clock
     ) -> tuple[list[Rollout], ScoredBatch, dict[str, float]]:
         """Rollouts of this step and their scores, from further prompts too where groups turn out dead."""
         if not self.config.dynamic_sampling:
@@ -578,31 +572,14 @@ class PPOTrainer:
 _COUNTERS = ("step", "learned_steps", "episodes", "epochs")
 
 
-class _Clock:
-    """Seconds between laps; laps of one name add up."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-
-def _speed(rollouts: Sequence[Rollout], laps: Mapping[str, float]) -> dict[str, float]:
-    """Tokens of the batch that is learned from, per second of the whole step and of each of its stages."""
-    n_tokens = sum(len(r.completion_ids) for r in rollouts)
-    speed = {
-        f"tokens_per_second/{name.removeprefix('time/')}": n_tokens / max(seconds, 1e-9)
-        for name, seconds in laps.items()
-    }
-    return {
-        "num_tokens": n_tokens,
-        "tokens_per_second": n_tokens / max(sum(laps.values()), 1e-9),
-        **speed,
-    }
+def _check_folders(config: PPOConfig, algorithm: Algorithm, *, model_is_given: bool) -> None:
+    """Refuse an adapter or a reference that is not there, and a model on disk that memory does not hold."""
+    if config.adapter_path is not None:
+        read_description(Path(config.adapter_path).expanduser())
+    check_reference_path(config)
+    on_disk = not model_is_given and Path(config.model_name).expanduser().is_dir()
+    if config.max_memory_gb is not None and on_disk:
+        within_memory(read_config(config.model_name), config, critic=algorithm.needs_critic)
 
 
 def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
