@@ -16,9 +16,19 @@ import numpy as np
 import pytest
 
 from tests.command_line.conftest import TINY
+from token_attribution import host_math
 
 ROOT = Path(__file__).parents[2]
 SFT = ["sft", "--model-name", "embedded", "--embedded-model", json.dumps(TINY), "--train-path", "pairs.jsonl"]
+
+
+FEW = host_math.FEW  # as it is outside of tests
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed here is compared with what a child computes."""
+    monkeypatch.setattr(host_math, "FEW", FEW)
 
 
 def killed_at(words: Sequence[str], metrics: Path, step: int, by: signal.Signals) -> tuple[int, str]:
