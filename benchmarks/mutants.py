@@ -1109,7 +1109,7 @@ MUTANTS = (
         "training/preference_trainer.py",
         "            self.update(zip(rows, logprobs, strict=True))\n",
         "            del rows, logprobs\n",
-        f"{STAGES} dpo",
+        f"{STAGES} reference_said",
     ),
     Mutant(
         18,

@@ -133,7 +133,6 @@ class Walk(Generic[Batch]):
         self.step, self.metrics = 0, dict[str, float]()
         self.stopping = EarlyStopping(task.trainer.module, config.early_stopping_patience)
 
-    @property
     def is_over(self) -> bool:
         """Whether all steps are done, or no more are wanted."""
         return self.step >= self.config.num_steps or self.stopping.enough
@@ -245,7 +244,7 @@ def learn(
     mx.random.seed(config.seed)  # dropout draws from MLX's global state
     resume = config.resume if resume is None else resume
     if not config.output_dir and not resume:
-        while not walk.is_over:
+        while not walk.is_over():
             metrics = walk.advance()
             if on_step is not None:
                 on_step(walk.step, dict(metrics))
@@ -266,12 +265,12 @@ def _learn_in_folder(walk: Walk[Any], config: SupervisedConfig, on_step: OnStep 
         begun, recorder = walk.step, session.recorder
         assert recorder is not None
         with session.keeping_what_was_earned(task.save, lambda: walk.step if walk.step > begun else 0):
-            while not walk.is_over:
+            while not walk.is_over():
                 metrics = walk.advance()
                 recorder.on_step_end(walk.step, metrics)
                 if on_step is not None:
                     on_step(walk.step, dict(metrics))
-                if walk.is_over:
+                if walk.is_over():
                     break
                 if stop.reason is not None:
                     stopped = session.stop(stop.reason, *walk.position)

@@ -44,7 +44,7 @@ STAGES: dict[str, tuple[Any, Any, Any, Mapping[str, Any]]] = {
     "reward model": (*REWARD, SCHEDULE),
     "reward model, scored answers": (RewardTrainer, RewardModelConfig, SCORED, {"pairing": "random"}),
     "process reward": (ProcessRewardTrainer, ProcessRewardConfig, STEPWISE, {}),
-    "dpo": (*PREFERENCE, {"micro_batch_size": 1}),
+    "dpo": (*PREFERENCE, {}),
     "kto": (*PREFERENCE, {"algorithm": "kto"}),
     "sft, 8-bit moments": (*SFT, {"optimizer_bits": 8, "lora_r": 64, "lora_dropout": 0.0}),
     "sft, every weight": (*SFT, {"fine_tune_type": "full", "learning_rate": 1e-3}),
@@ -186,10 +186,21 @@ def test_a_request_stops_at_the_next_step_and_the_rest_follows(stage: Make, tmp_
     assert_same(straight, result, other, other.train(PAIRS, resume=half["checkpoint"]))
 
 
+def test_what_the_reference_said_of_a_row_is_in_the_checkpoint(stage: Make, tmp_path: Path) -> None:
+    """After three batches of two out of five, every row has been seen: none is computed again after a resume."""
+    stage(PREFERENCE[:2]).train(CHOICES)
+    other = stage(PREFERENCE[:2], "other")
+    other.reference = other.policy.frozen_copy(with_adapter=False)
+    other.reference.logprobs = None  # whoever asks it, fails
+    result = other.train(CHOICES, resume=CheckpointStore(tmp_path / "run").complete()[2].path)
+    assert lines(Path(result["run_folder"])) == lines(tmp_path / "run")
+
+
 def test_batches_follow_from_seed_and_number_alone() -> None:
     batches = ShuffledBatches(range(5), 2, seed=3)
     in_order = [batches(number) for number in range(10)]
     assert [batches(number) for number in (9, 2, 7)] == [in_order[number] for number in (9, 2, 7)]
+    assert ShuffledBatches(range(5), 2, seed=3)(9) == in_order[9]
     epochs = np.array(in_order).reshape(4, 5)
     assert [sorted(epoch) for epoch in epochs.tolist()] == [[0, 1, 2, 3, 4]] * 4
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
