@@ -48,7 +48,7 @@ class Mutant(NamedTuple):
 
 
 #: 1 to 15 are those that implementations of RLHF make most; 16 is what off-policy rollouts add, 17 what speed does,
-#: 18 what adapters do.
+#: 18 what adapters do, 19 what a resume does.
 MISTAKES = {
     1: "temperature missing in one of the forwards, or truncated sampling taken for the policy's",
     2: "off by one between logits and labels",
@@ -68,6 +68,7 @@ MISTAKES = {
     16: "rollouts not accounted for: weights inverted, differentiable, missing; dead groups by shaped scores",
     17: "passes shared, chunked or left out: positions, masks, slopes, denominators",
     18: "adapters: scale, sign, shape, magnitude; a part left out of the file, of the reference or of what is seen",
+    19: "resume: optimiser, schedule, order of batches, dropout, best weights or reference not what they were",
 }
 
 LOSS = "tests/training/test_policy_loss.py"
@@ -82,6 +83,7 @@ OPTIMISER = "tests/training/test_model_trainer.py"
 DECODING = "tests/models/test_decoding.py tests/models/test_decoding_rows.py"
 KL = "tests/reward_kl/test_kl_estimators.py tests/reward_kl/test_kl_gradients.py"
 GROUPS = "tests/advantage/test_group_relative.py"
+STAGES = "tests/training/test_stage_resume.py -k"
 SUMS = "tests/advantage/test_discounted_sums.py"
 VALUES = "tests/training/test_value_loss.py"
 PREFERENCES = "tests/training/test_preference_loss.py"
@@ -1252,6 +1254,97 @@ MUTANTS = (
         "fresh = mx.broadcast_to(mx.mean(seen, axis=0), shape)",
         "fresh = mx.zeros(shape)",
         "tests/base_setup/test_new_tokens.py -k begins_as_the_mean",
+    ),
+    # 19
+    Mutant(
+        19,
+        "steps-counted-anew",
+        "training/model_trainer.py",
+        "lambda path, _: arrays[path]",
+        'lambda path, x: x if path == "step" else arrays[path]',
+        f"{STAGES} 'packed and schedule'",
+    ),
+    Mutant(
+        19,
+        "moments-begun-anew",
+        "training/model_trainer.py",
+        "lambda path, _: arrays[path]",
+        'lambda path, x: x if path.endswith((".m", ".v")) else arrays[path]',
+        f"{STAGES} process",
+    ),
+    Mutant(
+        19,
+        "batches-one-on",
+        "training/supervised.py",
+        'self.step, self.metrics = int(counters["step"]), dict(progress["metrics"])',
+        'self.step, self.metrics = int(counters["step"]) + 1, dict(progress["metrics"])',
+        f"{STAGES} process",
+    ),
+    Mutant(
+        19,
+        "every-epoch-in-the-first-order",
+        "training/supervised.py",
+        "        while self._drawn < epoch:\n            self._generator.permutation(len(self.rows))\n",
+        "        while self._drawn < epoch:\n",
+        f"{STAGES} number_alone",
+    ),
+    Mutant(
+        19,
+        "partners-drawn-one-after-the-other",
+        "training/reward_trainer.py",
+        "        def compared(number: int) -> list[Ranking]:\n"
+        "            generator = np.random.default_rng([config.seed, 1, number])\n",
+        "        generator = np.random.default_rng([config.seed, 1])\n\n"
+        "        def compared(number: int) -> list[Ranking]:\n",
+        f"{STAGES} scored",
+    ),
+    Mutant(
+        19,
+        "dropout-from-the-seed",
+        "training/training_state.py",
+        '        set_random_state(state["random"])\n',
+        "",
+        f"{STAGES} process",
+    ),
+    Mutant(
+        19,
+        "patience-begun-anew",
+        "training/early_stopping.py",
+        'int(state["worse"])',
+        "0",
+        f"{STAGES} early",
+    ),
+    Mutant(
+        19,
+        "best-loss-forgotten",
+        "training/early_stopping.py",
+        'float(state["best"])',
+        "math.inf",
+        f"{STAGES} early",
+    ),
+    Mutant(
+        19,
+        "best-weights-forgotten",
+        "training/early_stopping.py",
+        "self.weights = dict(arrays) or None",
+        "self.weights = None",
+        f"{STAGES} early",
+    ),
+    Mutant(
+        19,
+        "reference-logprobs-computed-again",
+        "training/preference_trainer.py",
+        "            self.update(zip(rows, logprobs, strict=True))\n",
+        "            del rows, logprobs\n",
+        f"{STAGES} reference_said",
+    ),
+    Mutant(
+        19,
+        "lines-twice",
+        "checkpointing/run_session.py",
+        '            self.recorder.go_on_from(saved.update, position[1]["files"], run_folder_of(saved.path))\n',
+        "",
+        f"{STAGES} process",
     ),
 )
 

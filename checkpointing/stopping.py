@@ -13,6 +13,12 @@ from typing import Any
 REQUEST = ".save_on_exit_request"
 
 
+class RunStopped(Exception):
+    """A run has ended because somebody wished it, has saved and has said where: a command that trains raises it, and
+    its caller has nothing to do but end, too.
+    """
+
+
 class StopRequest:
     """Within the block the first signal is a wish, to be granted at the next update boundary; a second ends at once.
 

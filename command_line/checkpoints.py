@@ -43,10 +43,10 @@ def find_checkpoint(name: str) -> Checkpoint:
     for part in (folder / "final", folder / "interrupted", folder):
         if (part / WEIGHTS).is_file() and (part / DESCRIPTION).is_file():
             read_description(part)
-            return Checkpoint(part, True, *written_down(part / "ppo_config.json", folder / "config.json"))
+            return Checkpoint(part, True, *_described(part, folder))
     if stored := CheckpointStore(folder).complete():
         path = stored[-1].path
-        return Checkpoint(path, True, *written_down(path / "ppo_config.json", folder / "config.json"))
+        return Checkpoint(path, True, *_described(path, folder))
     for part in (folder / "model", folder):
         if any(part.glob("*.safetensors")) and (part / "config.json").is_file():
             return Checkpoint(part, False, *written_down(folder / "config.json"))
@@ -54,6 +54,11 @@ def find_checkpoint(name: str) -> Checkpoint:
         f'--checkpoint: "{name}" holds neither a run (final/{WEIGHTS}), nor an adapter ({WEIGHTS}), nor a model '
         "(config.json and *.safetensors); give a folder that does"
     )
+
+
+def _described(part: Path, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """What RL or another stage wrote beside its weights, or into its run folder."""
+    return written_down(part / "ppo_config.json", part / "run_config.json", folder / "config.json")
 
 
 def check_written_rewards(checkpoint: Checkpoint, rewards: Any) -> None:

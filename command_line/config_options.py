@@ -14,7 +14,6 @@ from typing import Any
 
 from command_line.parsing import Parser, one_of
 from config.declaration import Declaration
-from config.errors import InvalidConfigurationError
 from config.loader import Loaded, load_config
 from config.older.names import Flag
 from config.older.systems import find_system
@@ -121,16 +120,12 @@ def _add_theirs(group: Any, options: list[str], name: str, meaning: str, kind: d
     group.add_argument(*options, dest=name.replace("-", "_"), default=argparse.SUPPRESS, help=text, **kind)
 
 
-def add_run_options(parser: Parser, *, resumes: bool = False) -> None:
-    """What every command that trains takes besides its config; ``resumes``: that has a ``resume`` of its own."""
+def add_run_options(parser: Parser) -> None:
+    """What every command that trains takes besides its config."""
     run = parser.add_argument_group("run")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
     run.add_argument("--explain", action="store_true", help="print every setting and where it came from")
     add_log_level(run)
-    if not resumes:
-        run.add_argument(
-            "--resume", nargs="?", const="", metavar="FOLDER", help="not there yet: says what is"
-        )
 
 
 def add_log_level(parser: Any) -> None:
@@ -188,11 +183,6 @@ def load(cls: type[Any], options: argparse.Namespace) -> Loaded:
     Raises:
         InvalidConfigurationError: one sentence, naming file and line or the option.
     """
-    if getattr(options, "resume", None) is not None:
-        raise InvalidConfigurationError(
-            "--resume: this stage cannot be continued yet; what there is: its weights are in RUN/final, or in "
-            "RUN/interrupted if it was stopped, and --adapter-path starts a new run from either"
-        )
     level = getattr(logging, getattr(options, "log_level", "INFO"))
     if level == logging.DEBUG:
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")

@@ -1,6 +1,7 @@
 """From the words of a command line to a command, and from whatever happens to an exit code.
 
-0: done. 1: the run failed. 2: bad usage, an option or a config that cannot work. 130: interrupted.
+0: done, or stopped on request. 1: the run failed. 2: bad usage, an option or a config that cannot work. 130:
+interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from checkpointing.stopping import RunStopped
 from command_line import demo
 from command_line.commands import COMMANDS, find_command, list_commands
 from command_line.parsing import Parser
@@ -49,6 +51,8 @@ def guarded(work: Callable[[], int]) -> int:
         code = work()
         sys.stdout.flush()
         return code
+    except RunStopped:
+        return 0
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidConfigurationError) else 1

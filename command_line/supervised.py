@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpointing.resuming import run_folder_of
+from checkpointing.stopping import RunStopped
 from command_line.config_options import add_config_options, add_run_options, load
 from command_line.explaining import explained
 from command_line.parsing import Command, Parser
+from command_line.resuming import check_resume, take_run_config
 from config.errors import InvalidConfigurationError
 from config.supervised_config import RewardModelConfig, SFTConfig
 
@@ -34,7 +37,7 @@ class Stage:
     kind: Any
     shown: dict[str, str]
     trainer: Callable[[Any, Any], Any]
-    judge: Callable[[Any, dict[str, float], Any, Path], Lines]
+    judge: Callable[[Any, dict[str, Any], Any, Path], Lines]
     save: Callable[[Any, Path], Lines]
     check: Callable[[Any, Any], None] = lambda config, rows: None
     for_rows: Callable[[Any], Stage] | None = None
@@ -46,6 +49,7 @@ class Stage:
 
     def run(self, options: argparse.Namespace) -> int:
         """Data, plan, training, result; everything that can be refused is refused before a weight is loaded."""
+        take_run_config(options, self.config)
         loaded = load(self.config, options)
         if options.explain:
             print(explained(loaded))
@@ -57,11 +61,12 @@ class Stage:
         from command_line.checks import check_model, check_output, read_rows
         from command_line.plan import supervised_plan
         from monitoring.console import StageConsole
-        from monitoring.run_folder import default_folder, prepare_folder, write_json
+        from monitoring.run_folder import default_folder
 
         console = StageConsole()
         check_model(config)
-        check_output(config.output_dir)
+        check_resume(config)
+        check_output(config.output_dir, goes_on=config.resume is not None)
         data = read_rows(config, self.kind)
         if config.early_stopping_patience is not None and data.validation is None:
             raise InvalidConfigurationError(
@@ -76,11 +81,13 @@ class Stage:
             print("\n".join(plan), flush=True)
         if dry:
             return 0
-        folder = prepare_folder(config.output_dir or default_folder(self.name))
-        write_json(folder / "config.json", {"config": config.as_dict(), "stage": self.name})
+        if config.output_dir is None:
+            going_on = config.resume is not None
+            folder = run_folder_of(config.resume) if going_on else default_folder(self.name)
+            config = config.replace(output_dir=str(folder))
         from base_setup.parameters import describe_trainable
         from models.sft_model import load_language_model
-        from monitoring.step_log import StepLog
+        from monitoring.step_log import StageProgress
 
         trainer = self.trainer(load_language_model(config), config)
         if config.verbose:
@@ -88,8 +95,11 @@ class Stage:
         for line in getattr(trainer, "notes", []):
             console.note(line)
         with console.progress(config.num_steps, self.name) as progress:
-            log = StepLog(folder / "metrics.jsonl", progress, self.shown)
-            metrics = trainer.train(data.train, log, validation=data.validation)
+            shown = StageProgress(progress, self.shown)
+            metrics = trainer.train(data.train, shown, validation=data.validation)
+        if "stopped" in metrics:
+            raise RunStopped  # it has said where it is saved
+        folder = Path(metrics["run_folder"])
         lines = [] if data.validation is None else self.judge(trainer, metrics, data.validation, folder)
         for line in [*lines, *self.save(trainer, folder)]:
             console.note(line)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpointing.stopping import RunStopped
 from command_line.config_options import add_config_options, add_override, add_run_options, load
 from command_line.explaining import explained, resolved
 from command_line.parsing import Command, Parser
+from command_line.resuming import check_resume, take_run_config
 from config.loader import Loaded
 from config.older.systems import find_system
 from config.ppo_config import PPOConfig
@@ -50,35 +51,15 @@ def take_rewards(options: argparse.Namespace) -> None:
 
 
 def _options(parser: Parser) -> None:
-    add_run_options(parser, resumes=True)
+    add_run_options(parser)
     add_reward_option(parser)
     add_config_options(parser, PPOConfig)
-
-
-def take_run_config(options: argparse.Namespace) -> None:
-    """``--resume`` without a config takes the one that the run has written down, below what else is said here."""
-    said = dict(options.overrides)
-    resume = said.get("resume")
-    if resume is None or options.config or options.preset or options.from_system:
-        return
-    from command_line.checkpoints import written_down
-    from ppo_trainer.resuming import LATEST, run_folder_of
-
-    where = said.get("output_dir") if resume == LATEST else resume
-    if where is None:
-        return
-    folder = run_folder_of(where) if Path(where).expanduser().is_dir() else Path(where)
-    config, _ = written_down(folder / "config.json")
-    if config:
-        config["output_dir"] = str(folder)
-        taken = [(name, value) for name, value in config.items() if name not in ("resume", "resume_fallback")]
-        options.overrides = [*taken, *options.overrides]
 
 
 def run(options: argparse.Namespace) -> int:
     """Check everything, say what will happen, train, say where the result is."""
     take_rewards(options)
-    take_run_config(options)
+    take_run_config(options, PPOConfig)
     loaded = load(PPOConfig, options)
     if options.explain:
         print(explained(loaded))
@@ -103,15 +84,12 @@ def _checked(loaded: Loaded[PPOConfig], *, own_prompts: bool) -> tuple[PPOConfig
     """
     from command_line.checks import check_model, check_output, digit_rows, read_rows
     from ppo_trainer.reference import check_reference_path
-    from ppo_trainer.resuming import find_resume
     from ppo_trainer.reward_sources import build_rewards
 
     config, _ = resolved(loaded)
     check_model(config)
     check_reference_path(config)
-    if config.resume is not None:
-        output = Path(config.output_dir).expanduser() if config.output_dir else None
-        find_resume(config.resume, output, fallback=config.resume_fallback)
+    check_resume(config)
     check_output(config.output_dir, goes_on=config.resume is not None)
     rewards = build_rewards(config.rewards or "well_formed", config)
     if own_prompts and not (config.train_path or config.dataset_name) and "digits" in str(config.rewards):
@@ -135,7 +113,7 @@ def _train(config: PPOConfig, data: DataSplits, steps: int) -> int:
     else:
         result = trainer.train(data.train)
     if "stopped" in result:
-        return 0  # it has said where it is saved
+        raise RunStopped  # it has said where it is saved
     if data.validation is not None:
         say(_judged("after", trainer.evaluate(data.validation)))
     folder = result["run_folder"]

@@ -305,28 +305,6 @@ class PPOConfig(SamplingConfig, TrainingConfig):
         meaning="Temperature of evaluate(): 0 = the likeliest token; none = the training temperature.",
     )
 
-    save_every: NonNegativeInt = option(
-        section="checkpoints",
-        default=100,
-        meaning="Steps between checkpoints, from which a run goes on exactly, and one at its end; 0 = none.",
-    )
-    keep_last_n: PositiveInt = option(default=3, meaning="The newest checkpoints that are kept.")
-    keep_best: bool = option(
-        default=False, meaning="Also keep the checkpoint with the highest mean reward over its epoch so far."
-    )
-    min_free_gb: NonNegativeFloat = option(
-        default=0.5, meaning="Disk space (GB) that a checkpoint must leave free; without it none is written."
-    )
-    resume: str | None = option(
-        default=None,
-        meaning='Go on from a checkpoint: "latest" = the newest in output_dir, a run folder, or one checkpoint in it; '
-        "none = a new run.",
-    )
-    resume_fallback: bool = option(
-        default=False,
-        meaning="Where that checkpoint is damaged, take the newest one before it that is whole.",
-    )
-
     @property
     def samples_from_copy(self) -> bool:
         """Whether something other than the policy itself samples."""

@@ -189,6 +189,30 @@ class TrainingConfig(DataConfig):
     )
     max_logged_samples: PositiveInt = option(default=5, meaning="Completions written each time.")
 
+    save_every: NonNegativeInt = option(
+        section="checkpoints",
+        default=100,
+        meaning="Steps between checkpoints, from which a run goes on exactly, and one at its end; 0 = none.",
+    )
+    keep_last_n: PositiveInt = option(default=3, meaning="The newest checkpoints that are kept.")
+    keep_best: bool = option(
+        default=False,
+        meaning="Also keep the best checkpoint: in RL that with the highest mean reward over its epoch so far, in the "
+        "other stages that with the lowest validation loss.",
+    )
+    min_free_gb: NonNegativeFloat = option(
+        default=0.5, meaning="Disk space (GB) that a checkpoint must leave free; without it none is written."
+    )
+    resume: str | None = option(
+        default=None,
+        meaning='Go on from a checkpoint: "latest" = the newest in output_dir, a run folder, or one checkpoint in it; '
+        "none = a new run.",
+    )
+    resume_fallback: bool = option(
+        default=False,
+        meaning="Where that checkpoint is damaged, take the newest one before it that is whole.",
+    )
+
     @model_validator(mode="after")
     def _what_trains_is_one(self) -> TrainingConfig:
         parts = [n for n in ("modules_to_save", "soft_prompt_tokens", "soft_prompt_text") if getattr(self, n)]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from base_setup.lora_setup import prepare_trainable, save_adapter
+from base_setup.lora_setup import prepare_trainable, restore_adapter, save_adapter
 from base_setup.tokenizer_setup import answer_end_id, encode
 from config.errors import CheckpointError
 from config.training_config import TrainingConfig
@@ -131,6 +131,13 @@ class RewardModel:
         settings["config"] = self.config.as_dict()
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
+    def restore(self, folder: str | Path) -> None:
+        """Read what :meth:`save` wrote for the same base model into this one."""
+        folder = Path(folder)
+        restore_adapter(self.module.model, self.description, folder)
+        load_head(self.module.head, folder / HEAD)
+        _, self.gain, self.bias = _read_config(folder, read_settings(folder))
+
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> RewardModel:
         """Read what :meth:`save` wrote; ``base`` spares loading the base model again.
@@ -152,12 +159,7 @@ class RewardModel:
     ) -> RewardModel:
         """Trunk and head of a folder whose settings have been read, whatever is made of them."""
         folder = Path(folder)
-        try:
-            known = TrainingConfig.__dataclass_fields__.keys() - {"trust_remote_code"}  # no file's to give
-            config = TrainingConfig(**{k: v for k, v in settings["config"].items() if k in known})
-            gain, bias = float(settings["gain"]), float(settings["bias"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model ({error})") from error
+        config, gain, bias = _read_config(folder, settings)
         # The folder's own adapter, whose rank and scale need not be the config's: it may have begun elsewhere.
         model = cls(base or load_language_model(config), config.replace(adapter_path=str(folder)))
         model.config = config
@@ -179,3 +181,14 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model (an object is expected)")
     return settings
+
+
+def _read_config(folder: str | Path, settings: Mapping[str, Any]) -> tuple[TrainingConfig, float, float]:
+    """Config, gain and bias of a saved reward model."""
+    try:
+        # A file gives neither consent nor a run to go on from.
+        known = TrainingConfig.__dataclass_fields__.keys() - {"trust_remote_code", "output_dir", "resume"}
+        config = TrainingConfig(**{k: v for k, v in settings["config"].items() if k in known})
+        return config, float(settings["gain"]), float(settings["bias"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: no readable {SETTINGS} of a reward model ({error})") from error

@@ -14,7 +14,7 @@ class RunLine(NamedTuple):
     """One run."""
 
     folder: Path
-    stage: str  # the algorithm, or what else config.json says
+    stage: str  # the algorithm of RL, or the stage, as config.json says
     state: str  # running, finished, or stopped
     step: int  # the last one written down
     reward: float | None  # of that step
@@ -43,4 +43,6 @@ def _stage(folder: Path) -> str:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "?"
-    return str(content.get("algorithm", "?")) if isinstance(content, dict) else "?"
+    if not isinstance(content, dict):
+        return "?"
+    return str(content.get("algorithm") or content.get("stage") or "?")

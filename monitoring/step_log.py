@@ -9,25 +9,38 @@ from monitoring.console import Progress
 from monitoring.metrics_file import MetricsFile
 
 
-class StepLog:
-    """Called after each step of a supervised stage: writes its metrics down and shows some of them.
+class StageProgress:
+    """Called after each step of a supervised stage: shows some of its metrics.
 
     Args:
-        path: ``metrics.jsonl`` of the stage; its folder is made.
         shown: metric → the label under which the progress line has it.
     """
 
-    def __init__(self, path: Path, progress: Progress, shown: Mapping[str, str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = MetricsFile(path)
+    def __init__(self, progress: Progress, shown: Mapping[str, str]) -> None:
         self.progress = progress
         self.shown = shown
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.file.write({"step": step, **metrics})
         self.progress.update(
             step, "  ".join(f"{label} {metrics[key]:.3f}" for key, label in self.shown.items())
         )
+
+
+class StepLog(StageProgress):
+    """The same, and writes all of them down, for a stage that has no run folder of its own.
+
+    Args:
+        path: ``metrics.jsonl`` of the stage; its folder is made.
+    """
+
+    def __init__(self, path: Path, progress: Progress, shown: Mapping[str, str]) -> None:
+        super().__init__(progress, shown)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = MetricsFile(path)
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.file.write({"step": step, **metrics})
+        super().__call__(step, metrics)
 
 
 class StepProgress:

@@ -7,10 +7,9 @@ metrics    = update(experience)          epochs of minibatches through the algor
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator as Iteration
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -25,15 +24,10 @@ from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config, within_memory
 from base_setup.parameters import count_parameters, describe_trainable
 from base_setup.tokenizer_setup import check_vocabulary
+from checkpointing.run_session import RunSession
 from checkpointing.stopping import StopRequest
-from checkpointing.store import CheckpointStore, Saved
-from config.errors import (
-    CheckpointError,
-    InvalidConfigurationError,
-    RewardError,
-    ToolkitError,
-    TrainingRuntimeError,
-)
+from checkpointing.store import CheckpointStore
+from config.errors import InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from data_loading.prepared_prompts import PreparedPrompts, Reordered
 from experience_buffer.data_structures import Experience, Prompt, Rollout
@@ -47,9 +41,7 @@ from models.sft_model import (
 )
 from models.value_model import ValueModel
 from monitoring.guards import RunGuards
-from monitoring.recorder import RunRecorder
-from monitoring.run_folder import default_folder, prepare_folder, refuse_used, set_aside, write_json
-from monitoring.run_lock import RunLock
+from monitoring.run_folder import write_json
 from ppo_trainer.algorithms import Algorithm, find_algorithm
 from ppo_trainer.callbacks import Callback, Callbacks, EpochPrinter
 from ppo_trainer.credit import from_critic
@@ -61,9 +53,9 @@ from ppo_trainer.group_scorer import GroupScorer
 from ppo_trainer.progress import Progress
 from ppo_trainer.reference import build_reference, check_reference_path, describe_reference
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
-from ppo_trainer.resuming import LATEST, check_changes, find_resume, run_folder_of
 from ppo_trainer.reward_sources import build_rewards
-from ppo_trainer.run_state import RunState, config_of, plain_config, read_state
+from ppo_trainer.run_state import STAGE, RunState
+from ppo_trainer.timing import Clock, speed
 from ppo_trainer.updater import Updater
 from reward_kl.kl_divergence import AdaptiveKLController, FixedKLController
 from rewards.scored_batch import ScoredBatch
@@ -117,8 +109,7 @@ class PPOTrainer:
                 "(rewards/default_reward.py)"
             )
         rewards_asked_for = reward_model if reward_model is not None else "well_formed"
-        named = build_rewards(rewards_asked_for, config)
-        check_outcome_reward(config, named.names)
+        check_outcome_reward(config, build_rewards(rewards_asked_for, config).names)
         self.callbacks = list(callbacks)
         Callbacks(self.callbacks)
         if value_model is not None and not self.algorithm.needs_critic:
@@ -127,17 +118,10 @@ class PPOTrainer:
             raise InvalidConfigurationError(
                 "tokenizer: a policy that is given has its own; leave one of them out"
             )
-        if config.adapter_path is not None:
-            read_description(Path(config.adapter_path).expanduser())
-        check_reference_path(config)
-        given = model is not None or policy is not None
-        if config.max_memory_gb is not None and not given and Path(config.model_name).expanduser().is_dir():
-            within_memory(read_config(config.model_name), config, critic=self.algorithm.needs_critic)
-        self.run_folder: Path | None = None
-        if config.output_dir:
-            # With checkpoints in it, train(resume=True) may be meant; if it is not, train() refuses.
-            stored = CheckpointStore(Path(config.output_dir).expanduser()).complete()
-            self.run_folder = prepare_folder(config.output_dir, goes_on=bool(config.resume or stored))
+        _check_folders(config, self.algorithm, model_is_given=model is not None or policy is not None)
+        self._session = RunSession(
+            config, STAGE, self._provenance, "ppo_config.json", name=self.algorithm.name
+        )
 
         backend.seed_everything(config.seed)
         base = policy.base if policy is not None else model or load_language_model(config)
@@ -145,7 +129,8 @@ class PPOTrainer:
             check_vocabulary(tokenizer, vocabulary_size(base.model, base.config), "tokenizer")
             base = replace(base, tokenizer=tokenizer)
         _check_biased_tokens(config, vocabulary_size(base.model, base.config))
-        self.config = config = within_memory(base.config, config, critic=self.algorithm.needs_critic)
+        config = within_memory(base.config, config, critic=self.algorithm.needs_critic)
+        self.config = self._session.config = config
         self.policy = policy or PolicyModel(base, config)
         self.rewards = build_rewards(rewards_asked_for, config, base)
         self.value_model = self._build_value(value_model, base)
@@ -183,9 +168,6 @@ class PPOTrainer:
         self.episodes = 0  # completions so far
         self.epochs = 0  # passes over prompts so far
         self._reserve: Sequence[Prompt] = []  # all prompts of the run, for dynamic sampling
-        self._recorder: RunRecorder | None = None
-        self._state: RunState | None = None
-        self._saved_at = 0  # the step of the newest checkpoint
 
     # -- The loop -------------------------------------------------------------------------------------
 
@@ -219,23 +201,17 @@ class PPOTrainer:
         """
         prepared = self._reserve = self._prepare(prompts)
         num_epochs, num_steps = self._planned(num_epochs, -(-len(prepared) // self.config.batch_size))
-        saved = self._find_checkpoint(resume)
-        folder = self._make_run_folder(saved)
-        lock = RunLock(folder)
-        lock.acquire()
-        try:
-            with StopRequest(folder) as stop:
-                told = self._open_run(folder, saved, [*self._printer(num_epochs), *callbacks])
-                self._updater = self._build_updater(num_steps)
-                self._state = self._run_state(prepared)
-                progress = self._go_on_from(saved) if saved is not None else Progress(self.step)
-                with self._keeping_what_was_earned(folder):
-                    if self.config.verbose:
-                        print(describe_trainable(self.policy.model))
-                    told("on_train_begin", self)
-                    return self._run(prepared, num_epochs, num_steps, progress, told, stop)
-        finally:
-            lock.release()
+        session = self._session
+        saved = session.find(resume)
+        with session.open(saved) as stop:
+            told = self._listeners([*self._printer(num_epochs), *callbacks])
+            self._updater = self._build_updater(num_steps)
+            progress = self._progress_at(session.begin(self._run_state(prepared), saved))
+            with session.keeping_what_was_earned(self.save_model, lambda: self.learned_steps):
+                if self.config.verbose:
+                    print(describe_trainable(self.policy.model))
+                told("on_train_begin", self)
+                return self._run(prepared, num_epochs, num_steps, progress, told, stop)
 
     def _run(
         self,
@@ -247,7 +223,7 @@ class PPOTrainer:
         stop: StopRequest,
     ) -> dict[str, Any]:
         """The epochs that are left, from wherever ``progress`` stands."""
-        last = progress.started + num_steps
+        session, last = self._session, progress.started + num_steps
         while progress.epoch < num_epochs:
             with closing(self._batches(prepared, told, progress.batches)) as batches:
                 for batch in islice(batches, last - self.step):
@@ -255,33 +231,28 @@ class PPOTrainer:
                     if self.step == last:
                         break  # the last one's checkpoint is made when all is told
                     if stop.reason is not None:
-                        return self._stopped(stop.reason, progress, told)
-                    if self.config.save_every and self.step % self.config.save_every == 0:
-                        self._save_on_the_way(progress)
+                        stopped = session.stop(stop.reason, *self._position(progress))
+                        return self._result(progress, told, stopped)
+                    if session.is_due(self.step):
+                        session.save_on_the_way(*self._position(progress))
             epoch, metrics = progress.epoch, progress.end_epoch()
             told("on_epoch_end", epoch, metrics)
             if told.stop_requested:
                 break
-        folder = self._folder
-        self.save_model(folder / "final")
-        if self.config.save_every and self.step > self._saved_at:
-            self.save_checkpoint("final", progress)
+        self.save_model(session.path / "final")
+        session.save_last(*self._position(progress))
+        return self._result(progress, told)
+
+    def _result(
+        self, progress: Progress, told: Callbacks, stopped: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """What ``train`` returns, once everybody has been told."""
         result = {
             **progress.so_far(),
             "history": progress.history,
-            "run_folder": str(folder),
+            "run_folder": str(self._session.path),
+            **(stopped or {}),
         }
-        told("on_train_end", result)
-        return result
-
-    def _stopped(self, reason: str, progress: Progress, told: Callbacks) -> dict[str, Any]:
-        """Save where the run stands, say where, and end it."""
-        path = self.save_checkpoint(reason, progress).path
-        print(
-            f"stopped after step {self.step} ({reason}); saved in {path}\ngo on from there: --resume {self._folder}"
-        )
-        result = {**progress.so_far(), "history": progress.history, "run_folder": str(self._folder)}
-        result |= {"stopped": reason, "checkpoint": str(path)}
         told("on_train_end", result)
         return result
 
@@ -298,7 +269,7 @@ class PPOTrainer:
 
     def _train_step(self, prompts: Sequence[Prompt], epoch: int, told: Callbacks) -> dict[str, float]:
         """One batch of rollouts, from sampling to the last of its updates."""
-        clock = _Clock()
+        clock = Clock()
         rollouts, scored, collected = self._collect(prompts, clock)
         # A batch of dead groups alone teaches nothing, although penalties may tell its completions apart.
         teaches = collected.get("dynamic_sampling/live_groups") != 0
@@ -314,7 +285,7 @@ class PPOTrainer:
         metrics |= {"step": self.step, "epoch": epoch, "episode": self.episodes, **collected, **clock.laps}
         if not self.rollout_policy.is_current:
             metrics["sampling/policy_age"] = self.step - self.rollout_policy.synced_at
-        metrics |= _speed(rollouts, clock.laps)
+        metrics |= speed(rollouts, clock.laps)
         told("on_step_end", self.step, metrics)
         told("on_samples", self.step, self._latest_samples)
         return metrics
@@ -397,7 +368,7 @@ class PPOTrainer:
         return rollouts
 
     def _collect(
-        self, prompts: Sequence[Prompt], clock: _Clock
+        self, prompts: Sequence[Prompt], clock: Clock
     ) -> tuple[list[Rollout], ScoredBatch, dict[str, float]]:
         """Rollouts of this step and their scores, from further prompts too where groups turn out dead."""
         if not self.config.dynamic_sampling:
@@ -446,7 +417,8 @@ class PPOTrainer:
     def evaluate(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Sample and score one completion per prompt, without training; see :class:`Evaluator`."""
         metrics = self.evaluator.evaluate(self._prepare(prompts))
-        told = Callbacks([*([self._recorder] if self._recorder else []), *self.callbacks])
+        recorder = self._session.recorder
+        told = Callbacks([*([recorder] if recorder else []), *self.callbacks])
         told("on_evaluate", self.step, {k: v for k, v in metrics.items() if k != "samples"})
         return metrics
 
@@ -532,47 +504,17 @@ class PPOTrainer:
             total_steps=batches * updates_per_batch(self.config),
         )
 
-    # -- Checkpoints ----------------------------------------------------------------------------------
+    # -- Its run --------------------------------------------------------------------------------------
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Where metrics, samples, config, checkpoints and weights go; None until there is one."""
+        return self._session.folder
 
     @property
     def store(self) -> CheckpointStore:
         """The checkpoints of this run."""
-        config = self.config
-        return CheckpointStore(
-            self._folder,
-            keep_last_n=config.keep_last_n,
-            keep_best=config.keep_best,
-            min_free_gb=config.min_free_gb,
-        )
-
-    def save_checkpoint(self, reason: str, progress: Progress) -> Saved:
-        """Write everything that the rest of the run depends on; see ``ppo_trainer/run_state.py``.
-
-        Raises:
-            CheckpointError: it could not be written. The ones before it are untouched.
-        """
-        state, recorder = self._state, self._recorder
-        assert state is not None
-        assert recorder is not None
-        position = {**progress.state_dict(), "files": recorder.sizes()}
-
-        def fill(folder: Path) -> None:
-            state.write(folder, {name: getattr(self, name) for name in _COUNTERS}, position)
-            write_json(folder / "ppo_config.json", self._provenance())
-
-        reward = progress.so_far().get("avg_reward", float("nan"))
-        saved = self.store.save(
-            reason, self.step, fill, size=state.size, score=None if np.isnan(reward) else reward
-        )
-        self._saved_at = self.step
-        return saved
-
-    def _save_on_the_way(self, progress: Progress) -> None:
-        """A checkpoint that cannot be written is no reason to lose the run: it goes on, and says so."""
-        try:
-            self.save_checkpoint("periodic", progress)
-        except CheckpointError as error:
-            print(f"WARNING: {error}; the run goes on without it")
+        return self._session.store
 
     def _run_state(self, prompts: PreparedPrompts) -> RunState:
         return RunState(
@@ -588,72 +530,26 @@ class PPOTrainer:
             prompts=prompts.fingerprint,
         )
 
-    def _check_resumed(self, folder: Path, saved: Saved) -> None:
-        """Refuse a checkpoint that this config does not fit; say what else is not as it was."""
-        for change in check_changes(config_of(saved.path), plain_config(self.config)):
-            print(f"WARNING: resume: {change}; from here on the run is not the one that was interrupted")
-        if run_folder_of(saved.path) != folder.resolve():
-            refuse_used(folder)
+    def _position(self, progress: Progress) -> tuple[dict[str, int], dict[str, Any], float]:
+        """Where the run stands, as a checkpoint keeps it: counters, place in the data, mean reward of the epoch."""
+        counters = {name: int(getattr(self, name)) for name in _COUNTERS}
+        return counters, progress.state_dict(), progress.so_far().get("avg_reward", float("nan"))
 
-    @staticmethod
-    def _sizes_in(saved: Saved) -> dict[str, int]:
-        sizes: dict[str, int] = read_state(saved.path)["progress"]["files"]
-        return sizes
-
-    def _go_on_from(self, saved: Saved) -> Progress:
-        """Make everything what it was at the checkpoint."""
-        assert self._state is not None
-        counters, position = self._state.read(saved.path)
+    def _progress_at(self, position: tuple[dict[str, int], dict[str, Any]] | None) -> Progress:
+        """Go on from what a checkpoint kept; None: from the trainer's own step."""
+        if position is None:
+            return Progress(self.step)
+        counters, place = position
         for name in _COUNTERS:
             setattr(self, name, int(counters[name]))
         progress = Progress(self.step)
-        progress.load_state_dict(position)
-        self._saved_at = self.step
-        if self.config.verbose:
-            print(f"going on after step {self.step}, from {saved.path}")
+        progress.load_state_dict(place)
         return progress
 
-    # -- The run folder -------------------------------------------------------------------------------
-
-    def _find_checkpoint(self, resume: bool | str | Path | None) -> Saved | None:
-        """What to go on from, checked; None: from the beginning."""
-        if resume is None and self._recorder is None:
-            resume = self.config.resume
-        if resume is None or resume is False:
-            return None
-        which = LATEST if resume is True else resume
-        return find_resume(which, self.run_folder, fallback=self.config.resume_fallback)
-
-    def _make_run_folder(self, saved: Saved | None) -> Path:
-        if self.run_folder is None:
-            folder = run_folder_of(saved.path) if saved is not None else default_folder(self.algorithm.name)
-            self.run_folder = prepare_folder(folder, goes_on=saved is not None)
-        return self.run_folder
-
-    @property
-    def _folder(self) -> Path:
-        assert self.run_folder is not None
-        return self.run_folder
-
-    def _open_run(self, folder: Path, saved: Saved | None, callbacks: Sequence[Callback]) -> Callbacks:
-        """The folder as this run begins or goes on in it, and everybody who is told; the lock is held."""
-        if self._recorder is None and saved is None:
-            if self.config.resume == LATEST:
-                for path in set_aside(folder):
-                    print(
-                        f"resume: no checkpoint was complete yet, so the run begins anew; its lines are in {path}"
-                    )
-            refuse_used(folder)
-        recorder = self._recorder or RunRecorder(
-            folder, self.config.log_samples_every, self.config.max_logged_samples
-        )
-        if saved is not None:
-            self._check_resumed(folder, saved)
-            recorder.go_on_from(saved.update, self._sizes_in(saved), run_folder_of(saved.path))
-        self._recorder = recorder
-        self.store.clear_leftovers()
-        write_json(folder / "config.json", self._provenance())
-        return Callbacks([recorder, RunGuards(), *self.callbacks, *callbacks])
+    def _listeners(self, callbacks: Iterable[Callback]) -> Callbacks:
+        """Everybody who is told of a run that is open."""
+        assert self._session.recorder is not None
+        return Callbacks([self._session.recorder, RunGuards(), *self.callbacks, *callbacks])
 
     def _printer(self, num_epochs: int) -> list[Callback]:
         return [EpochPrinter(num_epochs)] if self.config.verbose else []
@@ -671,63 +567,19 @@ class PPOTrainer:
             "versions": {name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")},
         }
 
-    @contextmanager
-    def _keeping_what_was_earned(self, folder: Path) -> Iterator[None]:
-        """Whatever ends the run early, the weights are saved first and the message says where."""
-        try:
-            yield
-        except BaseException as error:
-            if self.learned_steps == 0:
-                raise
-            saved = self._save_interrupted(folder / "interrupted")
-            if isinstance(error, RewardError):
-                raise RewardError(f"{error} {saved}") from error
-            if isinstance(error, ToolkitError):
-                raise TrainingRuntimeError(f"{error} {saved}") from error
-            print(saved)
-            raise
-
-    def _save_interrupted(self, folder: Path) -> str:
-        """Save, and say so; a second failure must not hide the first."""
-        try:
-            self.save_model(folder)
-        except (ToolkitError, OSError) as error:
-            return f"What was learned could not be saved either: {error}"
-        saved = f"What was learned so far is in {folder} (after step {self.learned_steps})."
-        if self._saved_at:
-            saved += f" With --resume {folder.parent} the run goes on after step {self._saved_at}."
-        return saved
-
 
 #: The trainer's own counters, which a checkpoint keeps.
 _COUNTERS = ("step", "learned_steps", "episodes", "epochs")
 
 
-class _Clock:
-    """Seconds between laps; laps of one name add up."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-
-def _speed(rollouts: Sequence[Rollout], laps: Mapping[str, float]) -> dict[str, float]:
-    """Tokens of the batch that is learned from, per second of the whole step and of each of its stages."""
-    n_tokens = sum(len(r.completion_ids) for r in rollouts)
-    speed = {
-        f"tokens_per_second/{name.removeprefix('time/')}": n_tokens / max(seconds, 1e-9)
-        for name, seconds in laps.items()
-    }
-    return {
-        "num_tokens": n_tokens,
-        "tokens_per_second": n_tokens / max(sum(laps.values()), 1e-9),
-        **speed,
-    }
+def _check_folders(config: PPOConfig, algorithm: Algorithm, *, model_is_given: bool) -> None:
+    """Refuse an adapter or a reference that is not there, and a model on disk that memory does not hold."""
+    if config.adapter_path is not None:
+        read_description(Path(config.adapter_path).expanduser())
+    check_reference_path(config)
+    on_disk = not model_is_given and Path(config.model_name).expanduser().is_dir()
+    if config.max_memory_gb is not None and on_disk:
+        within_memory(read_config(config.model_name), config, critic=algorithm.needs_critic)
 
 
 def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:

@@ -50,13 +50,13 @@ LAYERS = (
         "training.importance_correction",
     ),
     ("base_setup", "checkpointing", "data_loading", "models", "rewards"),
-    ("experience_buffer", "training", "ppo_trainer.generator"),
+    ("experience_buffer", "training", "ppo_trainer.generator", "checkpointing.run_session"),
     ("ppo_trainer",),
     ("diagnosis",),
     ("main", "tools", "command_line", "examples", "benchmarks"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LEVEL["monitoring"] = LEVEL["ppo_trainer"]  # what it may import in its turn is a rule of its own
+LEVEL["monitoring"] = LEVEL["training"]  # what it may import in its turn is a rule of its own
 WITHOUT_MLX = ("config", "checkpointing", "rewards", "monitoring")
 PURE = (
     "token_attribution.masking",

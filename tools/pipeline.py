@@ -19,19 +19,35 @@ from pathlib import Path
 from typing import Any
 
 from base_setup.lora_setup import DESCRIPTION, WEIGHTS
+from checkpointing.resuming import LATEST
 from config.errors import InvalidConfigurationError
 from config.files import Setting, read_settings
 from config.loader import STAGES as CONFIGS
 from config.options import options_of
 from models.sft_model import EMBEDDED
-from tools.stage_folders import contents, inputs_hash, is_complete, set_aside, stamp
+from tools.stage_folders import begin, contents, inputs_hash, is_begun, is_complete, set_aside, stamp
 
 STAGES = ("sft", "reward_model", "train", "evaluate", "fuse")
+#: Those that have checkpoints: interrupted, they go on. The others begin anew.
+RESUMED = ("sft", "reward_model", "train")
 SHARED = "pipeline"
 #: Options of the stages that have no config class.
 OWN = {"evaluate": {"benchmark", "benchmark_data", "limit"}, "fuse": {"de_quantize", "export_gguf"}}
 #: Options that name files: a stage is done again when what is in them changes.
 FILES = ("train_path", "val_path", "adapter_path", "model_name", "benchmark_data")
+#: Options on which no result depends: a stage is done, or goes on, whatever they are now.
+HOW = frozenset(
+    {
+        "save_every",
+        "keep_last_n",
+        "keep_best",
+        "min_free_gb",
+        "resume_fallback",
+        "verbose",
+        "prefetch_batches",
+        "max_memory_gb",
+    }
+)
 
 #: Carries out one stage with these settings, (name, value, place) each, in a folder.
 Runner = Callable[[str, list[Setting], Path], None]
@@ -116,8 +132,14 @@ def run_pipeline(
         if is_complete(folder, inputs):
             say(f"{title}: done already, in {folder}")
         else:
-            old = set_aside(folder)
-            say(title + (f" (what was in {folder} is in {old} now)" if old is not None else ""))
+            if stage in RESUMED and is_begun(folder, inputs):
+                say(f"{title}: interrupted, goes on in {folder}")
+                settings.append(Setting((stage,), "resume", LATEST, None))
+            else:
+                old = set_aside(folder)
+                say(title + (f" (what was in {folder} is in {old} now)" if old is not None else ""))
+                if stage in RESUMED:
+                    begin(folder, inputs)
             run_stage(stage, settings, folder)
             stamp(folder, inputs)
             _forget()
@@ -165,7 +187,7 @@ def _weights(plan: Plan, stage: str) -> dict[str, str]:
 
 def _inputs(settings: list[Setting]) -> dict[str, Any]:
     """Settings by name, those that name files with what is in them."""
-    inputs: dict[str, Any] = {one.name: one.value for one in settings}
+    inputs: dict[str, Any] = {one.name: one.value for one in settings if one.name not in HOW}
     files = {name: contents(inputs[name]) for name in FILES if isinstance(inputs.get(name), str)}
     learned = [
         contents(name.removeprefix("learned:"))

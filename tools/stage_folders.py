@@ -1,7 +1,8 @@
 """What makes a stage of a pipeline done: a stamp that names its inputs and its outputs by their contents.
 
-A stage is skipped where its folder's stamp has the same inputs and every output is there unchanged. Else what is in the
-folder is set aside under another name, and the stage begins anew.
+A stage is skipped where its folder's stamp has the same inputs and every output is there unchanged. A stamp with the
+same inputs and no outputs yet is of a stage that was interrupted, and goes on. Else what is in the folder is set aside
+under another name, and the stage begins anew.
 """
 
 from __future__ import annotations
@@ -61,13 +62,30 @@ def is_complete(folder: Path, inputs: str) -> bool:
         return False
 
 
+def is_begun(folder: Path, inputs: str) -> bool:
+    """Whether a stage with these inputs has begun in ``folder`` and not ended."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        return bool(stamp["inputs"] == inputs) and "outputs" not in stamp
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def begin(folder: Path, inputs: str) -> None:
+    """Write down that a stage has begun; the first thing that happens to its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, {"inputs": inputs})
+
+
 def stamp(folder: Path, inputs: str) -> None:
     """Write down that the stage is done; the last thing that happens to its folder."""
     outputs = {str(file.relative_to(folder)): file_hash(file) for file in _files(folder)}
+    _write(folder, {"inputs": inputs, "outputs": outputs})
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
     unfinished = folder / f"{STAMP}.writing"
-    unfinished.write_text(
-        json.dumps({"inputs": inputs, "outputs": outputs}, indent=2) + "\n", encoding="utf-8"
-    )
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(folder / STAMP)
 
 

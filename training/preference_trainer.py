@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from base_setup.lora_setup import fuse_adapters
 from base_setup.tokenizer_setup import encode_pair
 from config.errors import DataLoadError
 from config.supervised_config import PreferenceConfig
+from models.fingerprint import weights_fingerprint
 from models.policy_model import PolicyModel
 from models.sft_model import LanguageModel
 from token_attribution.extractor import pad_sequences
@@ -31,7 +33,8 @@ from training.preference_algorithms import (
     kto_baseline,
 )
 from training.preference_loss import preference_accuracy
-from training.supervised import OnStep, learn, place_of, shuffled_batches, split, step_metrics
+from training.supervised import OnStep, ShuffledBatches, Task, learn, place_of, split, step_metrics
+from training.training_state import origins_of
 
 Row = Mapping[str, Any]
 NAME = "preference rows"
@@ -57,6 +60,26 @@ class Prepared(NamedTuple):
 
     references: dict[int, list[float]]
     baseline: float  # z0 of KTO
+
+
+class ReferenceLogprobs(dict[int, list[float]]):
+    """The reference's logprob of each answer of a row, by the row's number.
+
+    A checkpoint keeps them: computed again beside other rows they could differ in the last bit.
+    """
+
+    def state_arrays(self) -> dict[str, mx.array]:
+        """``rows`` (N,) int32 and ``logprobs`` (N, answers) float32; nothing where none is known."""
+        if not self:
+            return {}
+        return {"rows": mx.array(list(self)), "logprobs": mx.array(list(self.values()))}
+
+    def load_state_arrays(self, arrays: Mapping[str, mx.array]) -> None:
+        """Know what :meth:`state_arrays` has."""
+        self.clear()
+        if arrays:
+            rows, logprobs = np.array(arrays["rows"]).tolist(), np.array(arrays["logprobs"]).tolist()
+            self.update(zip(rows, logprobs, strict=True))
 
 
 class PreferenceTrainer:
@@ -152,24 +175,42 @@ class PreferenceTrainer:
     # -- Training -------------------------------------------------------------------------------------
 
     def train(
-        self, rows: Sequence[Row], on_step: OnStep | None = None, *, validation: Sequence[Row] | None = None
-    ) -> dict[str, float]:
-        """Train for ``num_steps`` steps; returns the last step's metrics (see ``training.supervised.learn``)."""
+        self,
+        rows: Sequence[Row],
+        on_step: OnStep | None = None,
+        *,
+        validation: Sequence[Row] | None = None,
+        resume: bool | str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Train for ``num_steps`` steps, or as many as are left after ``resume``.
+
+        Returns:
+            The last step's metrics, and what became of the run (see ``training.supervised.learn``).
+        """
         config, comparisons = self.config, self.encode(rows)
         held_out = None if validation is None else self.encode(validation)
         trainer = ModelTrainer(self.policy.model, config, total_steps=config.num_steps)
-        batches = shuffled_batches(
-            comparisons, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
-        )
-        references: dict[int, list[float]] = {}
-        return learn(
-            self.policy.model,
-            config,
-            batches,
-            lambda batch: self._step(trainer, batch, references),
-            on_step=on_step,
+        references = ReferenceLogprobs()
+        task = Task(
+            stage="preference",
+            trainer=trainer,
+            batches=ShuffledBatches(comparisons, config.batch_size, config.seed, shuffle=config.shuffle_data),
+            step=lambda batch: self._step(trainer, batch, references),
+            save=self.policy.save,
+            load=self.policy.load,
+            origins=lambda: self._origins(comparisons, held_out),
             validate=None if held_out is None else lambda: self._judge(held_out),
+            keepers={"references": references},
         )
+        return learn(task, config, on_step=on_step, resume=resume)
+
+    def _origins(
+        self, comparisons: Sequence[Comparison], held_out: Sequence[Comparison] | None
+    ) -> dict[str, str]:
+        origins = origins_of(self.policy.base.model, comparisons, held_out)
+        if self.reference is None:
+            return origins
+        return origins | {"reference": weights_fingerprint(self.reference.model)}
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         """Loss, accuracy and margin on rows, without training."""

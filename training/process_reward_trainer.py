@@ -7,6 +7,7 @@ last token of that is the mark at which the head is read: σ(score) is the proba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,7 +21,8 @@ from models.reward_model import RewardModel
 from models.sft_model import LanguageModel
 from training.model_trainer import ModelTrainer
 from training.preference_loss import step_loss
-from training.supervised import OnStep, learn, place_of, shuffled_batches, split, step_metrics
+from training.supervised import OnStep, ShuffledBatches, Task, learn, place_of, split, step_metrics
+from training.training_state import origins_of
 
 Row = Mapping[str, Any]
 NAME = "process rows"
@@ -84,24 +86,40 @@ class ProcessRewardTrainer:
         return Steps(ids, marks, [float(label) for label in labels])
 
     def train(
-        self, rows: Sequence[Row], on_step: OnStep | None = None, *, validation: Sequence[Row] | None = None
-    ) -> dict[str, float]:
-        """Train for ``num_steps`` steps; ``accuracy`` is the share of steps on the right side of ½."""
+        self,
+        rows: Sequence[Row],
+        on_step: OnStep | None = None,
+        *,
+        validation: Sequence[Row] | None = None,
+        resume: bool | str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Train for ``num_steps`` steps, or as many as are left after ``resume``.
+
+        Returns:
+            The last step's metrics, and what became of the run (see ``training.supervised.learn``); ``accuracy`` is the
+            share of steps of answers on the right side of ½.
+        """
         config, examples = self.config, self.encode(rows)
         held_out = None if validation is None else self.encode(validation)
-        module = self.module
-        trainer = ModelTrainer(module, config, total_steps=config.num_steps)
+        reward_model = self.model.reward_model
+        trainer = ModelTrainer(reward_model.module, config, total_steps=config.num_steps)
 
         def step(batch: Sequence[Steps]) -> dict[str, float]:
             count = sum(len(one.marks) for one in batch)
             report = trainer.step(lambda part: self._loss(part, count), split(batch, config.micro_batch_size))
             return step_metrics(report, accuracy=sum(float(share) for share in report.extras))
 
-        batches = shuffled_batches(
-            examples, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
+        task = Task(
+            stage="process-reward",
+            trainer=trainer,
+            batches=ShuffledBatches(examples, config.batch_size, config.seed, shuffle=config.shuffle_data),
+            step=step,
+            save=self.model.save,
+            load=reward_model.restore,
+            origins=lambda: origins_of(reward_model.base.model, examples, held_out),
+            validate=None if held_out is None else lambda: self._judge(held_out),
         )
-        judge = None if held_out is None else lambda: self._judge(held_out)
-        return learn(module, config, batches, step, on_step=on_step, validate=judge)
+        return learn(task, config, on_step=on_step, resume=resume)
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         """``loss`` and ``accuracy`` per step, without training."""

@@ -10,7 +10,8 @@ https://arxiv.org/abs/2203.02155, eq. 1). A pair is a list of two.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +28,8 @@ from training.comparisons import Answer, Comparisons, Partners, Ranking, lists_o
 from training.model_trainer import ModelTrainer
 from training.preference_loss import bradley_terry_loss, preference_accuracy
 from training.reward_report import RewardReport, reward_report
-from training.supervised import OnStep, learn, place_of, shuffled_batches, split, step_metrics
+from training.supervised import OnStep, ShuffledBatches, Task, learn, place_of, split, step_metrics
+from training.training_state import origins_of
 
 Row = Mapping[str, Any]
 NAME = "preference rows"
@@ -94,42 +96,52 @@ class RewardTrainer:
     # -- Training -------------------------------------------------------------------------------------
 
     def train(
-        self, rows: Sequence[Row], on_step: OnStep | None = None, *, validation: Sequence[Row] | None = None
-    ) -> dict[str, float]:
-        """Train for ``num_steps`` steps, then normalise scores on the training answers.
+        self,
+        rows: Sequence[Row],
+        on_step: OnStep | None = None,
+        *,
+        validation: Sequence[Row] | None = None,
+        resume: bool | str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Train for ``num_steps`` steps, or as many as are left after ``resume``, then normalise scores on the training
+        answers.
 
         Returns:
-            The last step's metrics (see ``training.supervised.learn``); ``accuracy`` is the share of its comparisons
-            in the right order.
+            The last step's metrics, and what became of the run (see ``training.supervised.learn``); ``accuracy`` is the
+            share of the step's comparisons in the right order.
         """
         config, rankings = self.config, self.encode(rows)
         held_out = None if validation is None else self._encoded(validation)
         trainer = ModelTrainer(self.reward_model.module, config, total_steps=config.num_steps)
-        metrics = learn(
-            self.reward_model.module,
-            config,
-            self._batches(rankings),
-            lambda batch: self._step(trainer, batch),
-            on_step=on_step,
+        task = Task(
+            stage="reward-model",
+            trainer=trainer,
+            batches=self._batches(rankings),
+            step=lambda batch: self._step(trainer, batch),
+            save=self.reward_model.save,
+            load=self.reward_model.restore,
+            origins=lambda: origins_of(self.reward_model.base.model, rankings, held_out),
             validate=None if held_out is None else lambda: _shown(self._report(held_out)),
         )
-        answers = [answer.ids for ranking in rankings[:NORMALISED_ON] for answer in ranking.answers]
-        self.reward_model.normalise(answers[:NORMALISED_ON])
+        metrics = learn(task, config, on_step=on_step, resume=resume)
+        if "stopped" not in metrics:
+            answers = [answer.ids for ranking in rankings[:NORMALISED_ON] for answer in ranking.answers]
+            self.reward_model.normalise(answers[:NORMALISED_ON])
         return metrics
 
-    def _batches(self, rankings: Sequence[Ranking]) -> Iterator[list[Ranking]]:
+    def _batches(self, rankings: Sequence[Ranking]) -> Callable[[int], list[Ranking]]:
         """Batches of lists. Scored answers meet others in every epoch; pairs and ranked lists stay together."""
         config = self.config
-        batches = shuffled_batches(
-            rankings, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
-        )
+        batches = ShuffledBatches(rankings, config.batch_size, config.seed, shuffle=config.shuffle_data)
         if any(len(ranking.answers) > 1 for ranking in rankings):
-            yield from batches
-            return
+            return batches
         partners = Partners([ranking.answers[0] for ranking in rankings])
-        generator = np.random.default_rng([config.seed, 1])
-        for batch in batches:
-            yield self._compared([ranking.answers[0] for ranking in batch], generator, partners)
+
+        def compared(number: int) -> list[Ranking]:
+            generator = np.random.default_rng([config.seed, 1, number])
+            return self._compared([ranking.answers[0] for ranking in batches(number)], generator, partners)
+
+        return compared
 
     def _compared(
         self, answers: list[Answer], generator: np.random.Generator, partners: Partners | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,8 @@ from token_attribution.packed_rows import can_pack, packed_hidden
 from token_attribution.sampled_states import picked_states
 from training.model_trainer import ModelTrainer, StepReport
 from training.sft_rows import Example, Layout, encode_example, packed, padded, stacked
-from training.supervised import OnStep, learn, place_of, shuffled_batches, split, step_metrics
+from training.supervised import OnStep, ShuffledBatches, Task, learn, place_of, split, step_metrics
+from training.training_state import origins_of
 
 NAME = "SFT rows"
 
@@ -83,22 +85,27 @@ class SFTTrainer:
         on_step: OnStep | None = None,
         *,
         validation: Sequence[Mapping[str, Any]] | None = None,
-    ) -> dict[str, float]:
-        """Train for ``num_steps`` steps; returns the last step's metrics (see ``training.supervised.learn``)."""
+        resume: bool | str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Train for ``num_steps`` steps, or as many as are left after ``resume``.
+
+        Returns:
+            The last step's metrics, and what became of the run (see ``training.supervised.learn``).
+        """
         config, examples = self.config, self.encode(rows)
         held_out = None if validation is None else self.encode(validation)
         trainer = ModelTrainer(self.policy.model, config, total_steps=config.num_steps)
-        batches = shuffled_batches(
-            examples, config.batch_size, config.num_steps, config.seed, shuffle=config.shuffle_data
-        )
-        return learn(
-            self.policy.model,
-            config,
-            batches,
-            lambda batch: step_metrics(self._step(trainer, batch)),
-            on_step=on_step,
+        task = Task(
+            stage="sft",
+            trainer=trainer,
+            batches=ShuffledBatches(examples, config.batch_size, config.seed, shuffle=config.shuffle_data),
+            step=lambda batch: step_metrics(self._step(trainer, batch)),
+            save=self.policy.save,
+            load=self.policy.load,
+            origins=lambda: origins_of(self.policy.base.model, examples, held_out),
             validate=None if held_out is None else lambda: self._judge(held_out),
         )
+        return learn(task, config, on_step=on_step, resume=resume)
 
     def loss(self, rows: Sequence[Mapping[str, Any]]) -> float:
         """Mean negative logprob per learned token over ``rows``, in nats, without training."""

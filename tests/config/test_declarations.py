@@ -72,8 +72,8 @@ def _attributes_read(folder: str, *, of: tuple[str, ...]) -> set[str]:
 
 def test_something_reads_every_field() -> None:
     packages = (
-        "base_setup", "command_line", "data_loading", "experience_buffer", "main.py", "models", "monitoring",
-        "ppo_trainer", "rewards", "token_attribution", "training",
+        "base_setup", "checkpointing", "command_line", "data_loading", "experience_buffer", "main.py", "models",
+        "monitoring", "ppo_trainer", "rewards", "token_attribution", "training",
     )  # fmt: skip
     read: set[str] = set()
     for package in packages:

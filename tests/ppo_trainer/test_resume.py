@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from base_setup.parameters import named_arrays
+from checkpointing.resuming import FIXED, FREE
 from checkpointing.store import Saved
 from config.errors import CheckpointError, InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from models.value_model import ValueModel
 from ppo_trainer.algorithms import ALGORITHMS
 from ppo_trainer.ppo_trainer import PPOTrainer
-from ppo_trainer.resuming import FIXED, FREE
 
 PROMPTS = ["a", "bb", "ccc", "dd", "eee"]  # with batches of two the last one of an epoch is short
 STEPS = 5  # into the second epoch
@@ -88,7 +88,7 @@ def assert_same(straight: PPOTrainer, other: PPOTrainer) -> None:
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not np.array_equal(mine[name], theirs[name])] == []
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert lines(other._folder, name) == lines(straight._folder, name)
+        assert lines(other.run_folder, name) == lines(straight.run_folder, name)
     assert straight.kl_controller.value == other.kl_controller.value
 
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_is_an_adapter_that_mlx_lm_reads(trainer, tiny) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"} <= names
     assert not any(name.endswith((".pkl", ".pt", ".npz")) for name in names)
-    assert (run._folder / "latest").resolve() == folder.resolve()
+    assert (run.run_folder / "latest").resolve() == folder.resolve()
 
 
 def test_epochs_and_their_history_go_on(trainer, tmp_path: Path) -> None:
@@ -170,15 +170,15 @@ def test_epochs_and_their_history_go_on(trainer, tmp_path: Path) -> None:
     for mine, theirs in zip(result["history"], again["history"], strict=True):
         assert mine["avg_reward"] == theirs["avg_reward"]
         assert mine["loss/policy_avg"] == theirs["loss/policy_avg"]
-    assert lines(other._folder) == lines(straight._folder)  # what came before was copied
+    assert lines(other.run_folder) == lines(straight.run_folder)  # what came before was copied
 
 
 def test_a_finished_run_that_is_resumed_is_still_the_same(trainer, tmp_path: Path) -> None:
     straight = trainer()
     straight.train(PROMPTS)
-    before, after = lines(straight._folder), trainer()
+    before, after = lines(straight.run_folder), trainer()
     after.train(PROMPTS, resume=True)
-    assert lines(straight._folder) == before
+    assert lines(straight.run_folder) == before
     assert_same(straight, after)
 
 
@@ -198,7 +198,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(trainer, tmp_pa
     run = trainer(resume="latest", num_steps=1)
     run.train(PROMPTS)
     assert (tmp_path / "run" / "metrics.abandoned-1.jsonl").read_text() == '{"step": 1}\n'
-    assert [r["step"] for r in lines(run._folder) if "kind" not in r] == [1]
+    assert [r["step"] for r in lines(run.run_folder) if "kind" not in r] == [1]
 
 
 def test_what_has_changed_is_named(trainer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +256,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     run.train(PROMPTS)
     assert "No space left" in capsys.readouterr().out
     assert [one.update for one in run.store.complete()] == [2, 3]
-    assert not list(run._folder.glob(".partial-*"))
+    assert not list(run.run_folder.glob(".partial-*"))
 
 
 def test_a_reward_that_keeps_something_goes_on_too(trainer, make_config, tmp_path: Path) -> None:
@@ -281,4 +281,4 @@ def test_a_reward_that_keeps_something_goes_on_too(trainer, make_config, tmp_pat
     straight.train(PROMPTS)
     other = PPOTrainer(config.replace(output_dir=str(tmp_path / "b")), reward_model=Growing())
     other.train(PROMPTS, resume=straight.store.complete()[1].path)
-    assert lines(other._folder) == lines(straight._folder)
+    assert lines(other.run_folder) == lines(straight.run_folder)

@@ -357,8 +357,8 @@ def test_no_batch_of_scored_answers_is_without_a_comparison(base: LanguageModel)
     """One good answer among many bad ones: nearly every batch has one reward only."""
     trainer = trainer_of(base, batch_size=2, num_steps=1)
     rows = trainer.encode(scored(answers(12, seed=0), [1] + [0] * 11))
-    trainer.config = trainer.config.replace(num_steps=20)
-    for batch in trainer._batches(rows):
+    batches = trainer._batches(rows)
+    for batch in (batches(number) for number in range(20)):
         compared = sum(len(ranking.comparisons(0)) for ranking in batch)
         assert compared >= len([a for ranking in batch for a in ranking.answers]) - 1
 

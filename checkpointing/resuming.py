@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpointing.durable import read_strict_json
 from checkpointing.store import MANIFEST, CheckpointStore, Saved, open_checkpoint
+from config.declaration import Declaration
 from config.errors import CheckpointError, InvalidConfigurationError
 
-LATEST = "latest"
+LATEST, STATE = "latest", "state.json"
 #: Of these nothing depends that is trained.
 FREE = frozenset(
     {
@@ -43,6 +46,11 @@ FIXED = frozenset(
         "lora_alpha",
         "lora_dropout",
         "lora_layers",
+        "lora_rslora",
+        "lora_blocks",
+        "lora_modules",
+        "modules_to_save",
+        "soft_prompt_tokens",
         "value_network",
         "optimizer_bits",
         "kl_target",
@@ -105,3 +113,24 @@ def check_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def _change(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"{name} was {saved.get(name, 'not there')} and is {now[name]}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The parsed ``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        state = read_strict_json(folder / STATE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE}: it cannot be read ({error})") from error
+    if not isinstance(state, dict) or "counters" not in state:
+        raise CheckpointError(f"{folder / STATE}: this is not the state of a run of ours")
+    return state
+
+
+def plain_config(config: Declaration) -> dict[str, Any]:
+    """A config as a checkpoint has it."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.as_dict()))
+    return plain
