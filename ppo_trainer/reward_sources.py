@@ -44,7 +44,10 @@ def build_rewards(spec: Any, config: PPOConfig, base: LanguageModel | None = Non
 
 def _resolved(part: Any, base: LanguageModel | None, config: PPOConfig) -> Any:
     """One reward; a learned one is loaded, and made to read the policy's tokens where it has the same vocabulary."""
-    name, settings = entry_of(part) if isinstance(part, Mapping) else (part, {})
+    name: Any = part
+    settings: Mapping[str, Any] = {}
+    if isinstance(part, Mapping):
+        name, settings = entry_of(part)
     if isinstance(name, str) and (name.startswith(LEARNED) or _is_learned(name)):
         folder = _path(name.removeprefix(LEARNED))
         _check_folder(folder)

@@ -100,7 +100,7 @@ class ChatEndpoint:
 class _StayHere(urllib.request.HTTPRedirectHandler):
     """No redirect is followed: it would take the key to an address that nobody has named."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 

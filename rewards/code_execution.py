@@ -136,7 +136,7 @@ class CodeExecution:
         over = threading.Event()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                judged = list(pool.map(lambda *row: self._judge(*row, over), programs, cases))
+                judged = list(pool.map(lambda code, own: self._judge(code, own, over), programs, cases))
             finally:
                 over.set()  # out of time, or interrupted: no further test is begun
         if log_extra is not None:

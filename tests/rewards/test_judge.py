@@ -211,7 +211,9 @@ def test_what_does_not_pass_ends_with_the_row(endpoint: Endpoint, status: int, t
     assert len(endpoint.requests) == asked
 
 
-def test_what_was_paid_for_is_kept_though_a_row_before_it_fails(endpoint: Endpoint) -> None:
+def test_what_was_paid_for_is_kept_though_a_row_before_it_fails(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answered = threading.Event()
 
     def answer(body: dict[str, Any], number: int) -> Answer:
@@ -223,7 +225,12 @@ def test_what_was_paid_for_is_kept_though_a_row_before_it_fails(endpoint: Endpoi
     endpoint.answer = answer
     kept = judge_module._cache(None)
     put = kept.put
-    kept.put = lambda key, score: (put(key, score), answered.set())  # type: ignore[method-assign, assignment]
+
+    def put_and_tell(key: str, score: float) -> None:
+        put(key, score)
+        answered.set()
+
+    monkeypatch.setattr(kept, "put", put_and_tell)
     with pytest.raises(RewardError, match="row 0"):
         judge(endpoint, concurrency=2)(prompts=["p"] * 2, completions=["bad", "better"])
     asked = len(endpoint.requests)
