@@ -55,8 +55,9 @@ class Parser(argparse.ArgumentParser):
         if self.adopt is not None:
             after = [b for a, b in pairwise(args) if a == "--from"]
             joined = [one.partition("=")[2] for one in args if one.startswith("--from=")]
+            adopt = self.adopt
             for system in [*after, *joined][:1]:
-                self.adopt(self, system)
+                adopt(self, system)
                 self.adopt = None
         return super().parse_known_args([self._dashed(one) for one in args], namespace)
 

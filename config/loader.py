@@ -28,7 +28,7 @@ from config.options import options_of
 from config.ppo_config import PPOConfig
 from config.preset_files import preset_path
 from config.settings import Given, Origin, default
-from config.supervised_config import PreferenceConfig, RewardModelConfig, SFTConfig
+from config.supervised_config import PreferenceConfig, ProcessRewardConfig, RewardModelConfig, SFTConfig
 
 C = TypeVar("C", bound=Declaration)
 
@@ -46,7 +46,13 @@ INSTEAD_OF = (
     ("lora_layers", "lora_blocks"),
     ("lora_blocks", "lora_layers"),
 )
-STAGES: tuple[type[Declaration], ...] = (PPOConfig, SFTConfig, RewardModelConfig, PreferenceConfig)
+STAGES: tuple[type[Declaration], ...] = (
+    PPOConfig,
+    SFTConfig,
+    RewardModelConfig,
+    ProcessRewardConfig,
+    PreferenceConfig,
+)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def chat_prompt(fields: Fields, config: DataConfig) -> list[Row]:
 def _columns(fields: Fields, config: DataConfig, consumed: str) -> Row:
     columns = {name: value for name, value in fields.items() if name not in (consumed, "system", "prompt")}
     if config.completion_column in fields:
-        columns.setdefault("completion", fields[config.completion_column])
+        columns["completion"] = fields[config.completion_column]
     taken = sorted(RESERVED_COLUMNS & columns.keys())
     if taken:
         raise BadRowError(
