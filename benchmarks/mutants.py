@@ -1216,22 +1216,6 @@ MUTANTS = (
     ),
     Mutant(
         18,
-        "soft-prompt-in-every-call",
-        "base_setup/soft_prompt.py",
-        '    if not hasattr(first, "empty") or not first.empty():\n        return False\n',
-        "",
-        "tests/base_setup/test_soft_prompt.py -k rollouts_are_those",
-    ),
-    Mutant(
-        18,
-        "soft-prompt-unseen-by-completions",
-        "base_setup/soft_prompt.py",
-        "                one.lead = n\n",
-        "                one.lead = 0\n",
-        "tests/base_setup/test_soft_prompt.py -k logprobs_and_gradients",
-    ),
-    Mutant(
-        18,
         "soft-prompt-of-the-first-row-alone",
         "base_setup/soft_prompt.py",
         "        return mx.concatenate([rows, x[:, n:]], axis=1)",
