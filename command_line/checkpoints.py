@@ -30,7 +30,7 @@ REACHING_OUT = ("url", "api_key_env", "sandbox_command", "allow_unsafe_code")
 def find_checkpoint(name: str) -> Checkpoint:
     """The newest weights in ``name``, or ``name`` itself.
 
-    Of a run ``final``, else ``interrupted``, else its newest checkpoint, else ``model``.
+    Of a run ``final``, else ``interrupted``, else ``model``, else its newest checkpoint.
 
     Raises:
         CheckpointError: there are none.
@@ -44,7 +44,8 @@ def find_checkpoint(name: str) -> Checkpoint:
         if (part / WEIGHTS).is_file() and (part / DESCRIPTION).is_file():
             read_description(part)
             return Checkpoint(part, True, *_described(part, folder))
-    if stored := CheckpointStore(folder).complete():
+    stored = CheckpointStore(folder).complete()
+    if stored and not (folder / "model").is_dir():
         path = stored[-1].path
         return Checkpoint(path, True, *_described(path, folder))
     for part in (folder / "model", folder):
