@@ -69,10 +69,14 @@ class ParsedExport:
     def __str__(self) -> str:
         pairs = sum(map(len, self.conversations.values()))
         reasons = list(self.left_out.values())
-        out = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
-        return f"{pairs} pairs in {len(self.conversations)} conversations" + (
-            f"; left out: {out}" if out else ""
+        counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+        out = ", ".join(
+            f"{n} {reason if n > 1 else reason.replace('chats', 'chat')}" for reason, n in counts.items()
         )
+        talks = (
+            "1 conversation" if len(self.conversations) == 1 else f"{len(self.conversations)} conversations"
+        )
+        return f"{pairs} pairs in {talks}" + (f"; left out: {out}" if out else "")
 
 
 # Reading -------------------------------------------------------------------------------------------------

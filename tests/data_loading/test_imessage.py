@@ -77,7 +77,7 @@ def test_groups_and_short_ones_are_left_out_and_counted(tmp_path: Path) -> None:
         "short.txt": "of fewer than 30 lines",
         "three.txt": "group chats",
     }
-    assert str(parsed).startswith("20 pairs in 1 conversations; left out: 2 group chats, ")
+    assert str(parsed).startswith("20 pairs in 1 conversation; left out: 2 group chats, ")
 
 
 def test_nothing_crosses_the_split(tmp_path: Path) -> None:
