@@ -87,9 +87,9 @@ STAGES = "tests/training/test_stage_resume.py -k"
 SUMS = "tests/advantage/test_discounted_sums.py"
 VALUES = "tests/training/test_value_loss.py"
 PREFERENCES = "tests/training/test_preference_loss.py"
-ALGORITHMS = "tests/training/test_preference_algorithms.py"
+OBJECTIVES = "tests/training/test_preference_algorithms.py"
 CORRECTION = "tests/training/test_importance_correction.py"
-ALGORITHMS = "tests/ppo_trainer/test_algorithms.py"
+CREDIT = "tests/ppo_trainer/test_algorithms.py"
 OPTIONS = "tests/ppo_trainer/test_update_options.py"
 ADAPTERS = "tests/base_setup/test_adapter_layers.py"
 PLACED = "    linear_to_lora_layers(model, layers, parameters, use_dora=use_dora)\n"
@@ -325,7 +325,7 @@ MUTANTS = (
         "ppo_trainer/credit.py",
         "masked_whiten(advantages, batch.mask) if",
         "masked_whiten(advantages, mx.ones_like(batch.mask)) if",
-        f"{ALGORITHMS} {IDENTITIES} -k 'whitened or reinforce_pp'",
+        f"{CREDIT} {IDENTITIES} -k 'whitened or reinforce_pp'",
     ),
     Mutant(
         6,
@@ -334,7 +334,7 @@ MUTANTS = (
         "    return Credit(masked_whiten(advantages, batch.mask) if config.whiten_advantages else advantages, returns)",
         "    white = masked_whiten(advantages, batch.mask) if config.whiten_advantages else advantages\n"
         "    return Credit(white, None if batch.values is None else white + batch.values)",
-        f"{ALGORITHMS} -k whitened",
+        f"{CREDIT} -k whitened",
     ),
     Mutant(
         6,
@@ -851,7 +851,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         "log_ratio_worth(chosen, options) - log_ratio_worth(rejected, options)",
         "log_ratio_worth(rejected, options) - log_ratio_worth(chosen, options)",
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -859,7 +859,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         "(1 - smoothing) * losses + smoothing * minus_log_sigmoid(-lead)",
         "smoothing * losses + (1 - smoothing) * minus_log_sigmoid(-lead)",
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -867,7 +867,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         'return implicit_reward(answers.logprobs, answers.ref_logprobs, options["preference_beta"])',
         'return options["preference_beta"] * answers.logprobs',
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -875,7 +875,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         "mx.square(lead - 1 / (2 *",
         "mx.square(lead + 1 / (2 *",
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -883,7 +883,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         'return options["preference_beta"] * mean_logprob(answers)',
         'return options["preference_beta"] * answers.logprobs',
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -891,7 +891,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         'minus_log_sigmoid(lead - options["target_margin"])',
         'minus_log_sigmoid(lead + options["target_margin"])',
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -899,7 +899,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         "return log_odds(mean_logprob(answers))",
         "return log_odds(answers.logprobs)",
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -907,7 +907,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         'options["preference_beta"] * minus_log_sigmoid(lead)',
         'options["preference_beta"] * minus_log_sigmoid(-lead)',
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -915,7 +915,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         'minus_log_sigmoid(lead) - options["nll_weight"]',
         'minus_log_sigmoid(lead) + options["nll_weight"]',
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -923,7 +923,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         "mx.where(desirable, good, bad)",
         "mx.where(desirable, bad, good)",
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -931,7 +931,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         "beta * mx.stop_gradient(baseline)",
         "beta * baseline",
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
@@ -939,7 +939,7 @@ MUTANTS = (
         "training/preference_algorithms.py",
         "mx.maximum(mx.mean(logprobs - ref_logprobs), 0.0)",
         "mx.mean(logprobs - ref_logprobs)",
-        ALGORITHMS,
+        OBJECTIVES,
     ),
     Mutant(
         15,
