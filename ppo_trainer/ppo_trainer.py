@@ -58,6 +58,7 @@ from ppo_trainer.evaluator import Evaluator, sample_records, score_rollouts
 from ppo_trainer.experience_maker import ExperienceMaker
 from ppo_trainer.generator import Generator
 from ppo_trainer.group_scorer import GroupScorer
+from ppo_trainer.out_of_memory import in_words
 from ppo_trainer.progress import Progress
 from ppo_trainer.reference import build_reference, check_reference_path, describe_reference
 from ppo_trainer.resolution import kl_is_used, resolve_config, updates_per_batch
@@ -676,27 +677,33 @@ class PPOTrainer:
         """Whatever ends the run early, the weights are saved first and the message says where."""
         try:
             yield
-        except BaseException as error:
+        except BaseException as caught:
+            error = in_words(caught)
             if self.learned_steps == 0:
-                raise
+                raise error
             saved = self._save_interrupted(folder / "interrupted")
             if isinstance(error, RewardError):
                 raise RewardError(f"{error} {saved}") from error
             if isinstance(error, ToolkitError):
                 raise TrainingRuntimeError(f"{error} {saved}") from error
             print(saved)
-            raise
+            raise error
 
     def _save_interrupted(self, folder: Path) -> str:
         """Save, and say so; a second failure must not hide the first."""
         try:
             self.save_model(folder)
-        except (ToolkitError, OSError) as error:
-            return f"What was learned could not be saved either: {error}"
-        saved = f"What was learned so far is in {folder} (after step {self.learned_steps})."
+        except (ToolkitError, OSError, MemoryError, RuntimeError) as error:
+            why = str(error) or type(error).__name__
+            return self._resumable(f"What was learned could not be saved either: {why}.", folder)
+        return self._resumable(
+            f"What was learned so far is in {folder} (after step {self.learned_steps}).", folder
+        )
+
+    def _resumable(self, sentence: str, folder: Path) -> str:
         if self._saved_at:
-            saved += f" With --resume {folder.parent} the run goes on after step {self._saved_at}."
-        return saved
+            sentence += f" With --resume {folder.parent} the run goes on after step {self._saved_at}."
+        return sentence
 
 
 #: The trainer's own counters, which a checkpoint keeps.
