@@ -60,7 +60,9 @@ def guarded(work: Callable[[], int]) -> int:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except MemoryError:  # of a run under way ppo_trainer/out_of_memory.py says more
-        print("error: memory ran out; docs/memory.md has what a run takes and what lowers it", file=sys.stderr)
+        print(
+            "error: memory ran out; docs/memory.md has what a run takes and what lowers it", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -59,7 +59,7 @@ def take_run_config(options: argparse.Namespace) -> None:
     resume = said.get("resume")
     if resume is None or options.config or options.preset or options.from_system:
         return
-    from command_line.checkpoints import written_down
+    from command_line.checkpoints import Checkpoint, check_written_rewards, written_down
     from ppo_trainer.resuming import LATEST, run_folder_of
 
     where = said.get("output_dir") if resume == LATEST else resume
@@ -68,6 +68,8 @@ def take_run_config(options: argparse.Namespace) -> None:
     folder = run_folder_of(where) if Path(where).expanduser().is_dir() else Path(where)
     config, _ = written_down(folder / "config.json")
     if config:
+        if "rewards" not in said:
+            check_written_rewards(Checkpoint(folder, True, config, {}), config.get("rewards"), "--resume")
         config["output_dir"] = str(folder)
         taken = [(name, value) for name, value in config.items() if name not in ("resume", "resume_fallback")]
         options.overrides = [*taken, *options.overrides]

@@ -26,10 +26,8 @@ def in_words(error: BaseException) -> BaseException:
         return error
     traceback.clear_frames(error.__traceback__)
     mx.clear_cache()
-    sentence = TrainingRuntimeError(
+    return TrainingRuntimeError(
         f"memory ran out ({str(error) or type(error).__name__}): lower micro_batch_size or rollout_batch_size, which "
         "change nothing that is trained, or max_new_tokens, or set gradient_checkpointing = true "
         '(docs/troubleshooting.md, "Out of memory").'
     )
-    sentence.__cause__ = error
-    return sentence

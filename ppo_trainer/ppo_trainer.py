@@ -680,14 +680,16 @@ class PPOTrainer:
         except BaseException as caught:
             error = in_words(caught)
             if self.learned_steps == 0:
-                raise error
+                if error is caught:
+                    raise
+                raise error from caught
             saved = self._save_interrupted(folder / "interrupted")
             if isinstance(error, RewardError):
                 raise RewardError(f"{error} {saved}") from error
             if isinstance(error, ToolkitError):
                 raise TrainingRuntimeError(f"{error} {saved}") from error
             print(saved)
-            raise error
+            raise
 
     def _save_interrupted(self, folder: Path) -> str:
         """Save, and say so; a second failure must not hide the first."""

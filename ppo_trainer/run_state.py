@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from base_setup.parameters import named_arrays
+from base_setup.tokenizer_setup import fingerprint
 from checkpointing.durable import read_strict_json, write_strict_json
 from config.errors import CheckpointError
 from config.ppo_config import PPOConfig
@@ -57,7 +58,11 @@ class RunState:
         self.policy, self.value, self.reference = policy, value, reference
         self.rollout_policy, self.kl_controller, self.moments = rollout_policy, kl_controller, moments
         self.trainers, self.rewards, self.config = trainers, rewards, config
-        self.origins = {"model": weights_fingerprint(policy.base.model), "prompts": prompts}
+        self.origins = {
+            "model": weights_fingerprint(policy.base.model),
+            "tokenizer": fingerprint(policy.tokenizer),
+            "prompts": prompts,
+        }
         if reference is not None and config.reference_sync_every is None:
             self.origins["reference"] = weights_fingerprint(reference.model)
 
@@ -170,6 +175,8 @@ class RunState:
     def _check_origins(self, folder: Path, saved: Mapping[str, str]) -> None:
         words = {
             "model": "model_name: the base model's weights are not those that this run trained on",
+            "tokenizer": "tokenizer: it is not the one that this run trained with (its vocabulary, chat template or "
+            "ids differ), so the tokens that were learned would mean something else",
             "reference": "reference: its weights are not those that this run was measured from",
             "prompts": "prompts: they are not those that this run trained on (their number, tokens or columns differ), "
             "and its place among them would mean nothing",
