@@ -345,7 +345,7 @@ def test_a_reward_that_hangs_ends_the_run_and_the_run_goes_on(tmp_path: Path, st
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", [pytest.param("ppo", marks=pytest.mark.slow), "grpo"])
 @pytest.mark.parametrize("kind", ["nobody scored", "all alike"])
 def test_groups_that_teach_nothing(tmp_path: Path, algorithm: str, kind: str) -> None:
     """Step 3 has no score at all, or one and the same: the numbers stay finite, and the run resumes across it."""
