@@ -1,9 +1,10 @@
 """A run that is killed again and again, and whether anything of it is lost: ``python -m benchmarks.soak --kills 100``.
 
-One run goes through undisturbed. Another of the same config is killed with SIGKILL at random moments, while it samples,
-learns or writes a checkpoint, and started again each time with ``resume = latest``. At the end the two are compared:
-every line of metrics.jsonl but for its times, every line of samples.jsonl, and every byte of the trained weights. After
-each kill every checkpoint that was complete is read again, and so is what the metrics held at the newest of them.
+One run goes through undisturbed. Another of the same config is killed with SIGKILL, at random moments of its start, of
+sampling, of learning and of writing a checkpoint by turns of chance, and started again each time with
+``resume = latest``. At the end the two are compared: every line of metrics.jsonl but for its times, every line of
+samples.jsonl, and every byte of the trained weights. After each kill every checkpoint that was complete is read again,
+and so is what the metrics held at the newest of them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 
 import argparse
 import json
+import mmap
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,13 @@ from checkpointing.store import PARTIAL, CheckpointStore
 from config.errors import CheckpointError
 
 BEGUN = "training begins"
+#: What a life is doing, as it says in one byte that its killer reads too.
+PHASES = ("starting", "sampling", "learning", "checkpoint", "between")
+STARTING, SAMPLING, LEARNING, CHECKPOINT, BETWEEN = range(len(PHASES))
+#: How often a life is killed in each; of "between" come those that were meant for another.
+AIMS = (1, 3, 3, 3, 0)
+#: Seconds into the phase that is aimed at, at most; a step of the run is about as long.
+DEPTH = 0.02
 PROMPTS = [f"prompt {i}" for i in range(7)]
 
 
@@ -37,15 +48,46 @@ def letters(completions: Sequence[str], **columns: Any) -> list[float]:
     return [len(set(text)) / 10 for text in completions]
 
 
+@contextmanager
+def _phase_of(folder: Path) -> Iterator[mmap.mmap]:
+    """The byte, in memory that two processes share: it costs nothing, and stays when one of them is killed."""
+    path = folder.with_suffix(".phase")
+    if not path.exists():
+        path.write_bytes(bytes([STARTING]))
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 1) as byte:
+        yield byte
+
+
 def live(folder: Path, steps: int, algorithm: str) -> None:
     """One life of the run: from its newest checkpoint to its end, unless it is killed before."""
     from config.model_config import ModelConfig
     from config.ppo_config import PPOConfig
     from ppo_trainer.ppo_trainer import PPOTrainer
 
-    class Begun:
-        def on_train_begin(self, trainer: Any) -> None:
+    class Watched:
+        """Says what its trainer does."""
+
+        def __init__(self, phase: mmap.mmap) -> None:
+            self.phase = phase
+
+        def on_train_begin(self, trainer: PPOTrainer) -> None:
+            for number, owner, method in (
+                (SAMPLING, trainer, "generate"),
+                (LEARNING, trainer, "update"),
+                (CHECKPOINT, trainer._session, "save"),
+            ):
+                setattr(owner, method, self._within(number, getattr(owner, method)))
             print(BEGUN, flush=True)
+
+        def _within(self, number: int, method: Any) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
+                self.phase[0] = number
+                try:
+                    return method(*arguments, **options)
+                finally:
+                    self.phase[0] = BETWEEN
+
+            return call
 
     config = PPOConfig(
         algorithm=algorithm,
@@ -65,7 +107,9 @@ def live(folder: Path, steps: int, algorithm: str) -> None:
         resume="latest",
         verbose=False,
     )
-    PPOTrainer(config, reward_model=letters).train(PROMPTS, callbacks=[Begun()])
+    with _phase_of(folder) as phase:
+        phase[0] = STARTING
+        PPOTrainer(config, reward_model=letters).train(PROMPTS, callbacks=[Watched(phase)])
 
 
 def _start(folder: Path, steps: int, algorithm: str) -> subprocess.Popen[str]:
@@ -78,8 +122,10 @@ class Soak:
     """Kills, and what they did.
 
     Attributes:
-        resumes: lives that began from a checkpoint. in_checkpoint: kills that left a half-written one.
-        lost: bytes of metrics.jsonl that a checkpoint stood for and that were gone after a kill.
+        killed: kills by what the life was doing, a name of ``PHASES``.
+        anew: lives after a kill that found no complete checkpoint yet. resumes: lives that began from one.
+        half_written: kills that left a checkpoint without its end.
+        lost: bytes of metrics.jsonl and samples.jsonl that a checkpoint stood for and that were gone after a kill.
         damaged: complete checkpoints that could not be read any more.
     """
 
@@ -87,39 +133,62 @@ class Soak:
         self.folder, self.steps, self.algorithm, self.longest = folder, steps, algorithm, longest
         self.store = CheckpointStore(folder)
         self.random = random.Random(seed)
-        self.kills = self.resumes = self.in_checkpoint = self.lost = self.damaged = 0
+        self.killed: Counter[str] = Counter()
+        self.anew = self.resumes = self.half_written = self.lost = self.damaged = 0
+        self._start_up = 1.0  # seconds from a life's beginning to its training, as the last one took
+
+    @property
+    def kills(self) -> int:
+        """All of them."""
+        return self.killed.total()
 
     def run(self, kills: int, seconds: float) -> bool:
         """Kill it so often, or for so long, then let it come to its end; whether it did."""
         until = time.monotonic() + seconds
-        while self.kills < kills and time.monotonic() < until:
-            if not self._kill_once():
-                break
-        child = _start(self.folder, self.steps, self.algorithm)
-        self.resumes += bool(self.store.complete())
+        with _phase_of(self.folder) as phase:
+            while self.kills < kills and time.monotonic() < until:
+                if not self._kill_once(phase):
+                    break
+                if self.kills % 10 == 0:
+                    print(f"{self.kills} kills, {len(self.store.complete())} checkpoints", file=sys.stderr)
+        child = self._begin()
         child.communicate()
         return child.returncode == 0
 
-    def _kill_once(self) -> bool:
+    def _begin(self) -> subprocess.Popen[str]:
+        found = bool(self.store.complete())
+        self.resumes += found
+        self.anew += not found and self.kills > 0
+        return _start(self.folder, self.steps, self.algorithm)
+
+    def _kill_once(self, phase: mmap.mmap) -> bool:
         """One life, ended at a random moment; False: it came to its end before that."""
-        self.resumes += bool(self.store.complete())
-        child = _start(self.folder, self.steps, self.algorithm)
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith(BEGUN):
-                break
-        time.sleep(self.random.uniform(0, self.longest))
+        (aim,) = self.random.choices(range(len(PHASES)), AIMS)
+        phase[0] = STARTING
+        child, begun = self._begin(), time.monotonic()
+        if aim == STARTING:
+            time.sleep(self.random.uniform(0, self._start_up))
+        else:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith(BEGUN):
+                    break
+            self._start_up = time.monotonic() - begun
+            time.sleep(self.random.uniform(0, self.longest))
+            while phase[0] != aim and child.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(self.random.uniform(0, DEPTH))
         finished = child.poll() is not None
         child.send_signal(signal.SIGKILL)
         child.communicate()
         if not finished:
-            self.kills += 1
+            self.killed[PHASES[phase[0]]] += 1
             self._look()
         return not finished
 
     def _look(self) -> None:
         """What the kill has left."""
-        self.in_checkpoint += any(path.is_dir() for path in self.folder.glob(f"{PARTIAL}[0-9]*"))
+        self.half_written += any(path.is_dir() for path in self.folder.glob(f"{PARTIAL}[0-9]*"))
         saved = self.store.complete()
         for one in saved:
             try:
@@ -153,38 +222,52 @@ def mismatches(first: Path, second: Path) -> int:
     return found
 
 
+def soak(folder: Path, algorithm: str, options: argparse.Namespace) -> bool:
+    """Both runs of one algorithm and what became of them, in a line; whether nothing was lost and nothing differs."""
+    steps = options.steps or 10 * options.kills
+    whole, killed = folder / "whole", folder / "killed"
+    straight = _start(whole, steps, algorithm)
+    straight.communicate()
+    soaked = Soak(killed, steps, algorithm, options.seed, options.longest)
+    ended = soaked.run(options.kills, options.seconds) and straight.returncode == 0
+    differing = mismatches(whole, killed) if ended else -1
+    by_phase = ", ".join(f"{name} {soaked.killed[name]}" for name in PHASES)
+    print(
+        f"algorithm {algorithm}  steps {steps}  kills {soaked.kills} ({by_phase})  "
+        f"half-written checkpoints {soaked.half_written}  lives begun anew {soaked.anew}  resumes {soaked.resumes}  "
+        f"damaged checkpoints {soaked.damaged}  bytes lost {soaked.lost}  "
+        f"mismatches {differing if ended else 'unknown, a run failed'}",
+        flush=True,
+    )
+    return ended and not (soaked.lost or soaked.damaged or differing)
+
+
 def main() -> int:
     """The soak; 1 where anything was lost or differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=100, help="how often (default 100)")
+    parser.add_argument("--kills", type=int, default=100, help="how often, for each algorithm (default 100)")
     parser.add_argument("--seconds", type=float, default=3600, help="no kill after so long (default an hour)")
     parser.add_argument(
-        "--longest", type=float, default=0.5, help="seconds of a life's training, at most (default 0.5)"
+        "--longest",
+        type=float,
+        default=0.3,
+        help="seconds of a life's training before its end is sought, at most (default 0.3)",
     )
-    parser.add_argument("--steps", type=int, default=None, help="of the run (default 5 for each kill)")
-    parser.add_argument("--algorithm", default="ppo")
+    parser.add_argument("--steps", type=int, default=None, help="of the run (default 10 for each kill)")
+    parser.add_argument("--algorithm", nargs="+", default=["ppo", "grpo"], help="default: ppo grpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--live", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    steps = options.steps or 5 * options.kills
     if options.live is not None:
-        live(options.live, steps, options.algorithm)
+        live(options.live, options.steps, options.algorithm[0])
         return 0
-    with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        whole, killed = Path(name) / "whole", Path(name) / "killed"
-        straight = _start(whole, steps, options.algorithm)
-        straight.communicate()
-        soak = Soak(killed, steps, options.algorithm, options.seed, options.longest)
-        ended = soak.run(options.kills, options.seconds) and straight.returncode == 0
-        differing = mismatches(whole, killed) if ended else -1
-    print(
-        f"algorithm {options.algorithm}  steps {steps}  kills {soak.kills}  resumes {soak.resumes}  "
-        f"killed while writing a checkpoint {soak.in_checkpoint}  damaged checkpoints {soak.damaged}  "
-        f"bytes lost {soak.lost}  mismatches {differing if ended else 'unknown, a run failed'}"
-    )
-    return 0 if ended and not (soak.lost or soak.damaged or differing) else 1
+    sound = True
+    for algorithm in options.algorithm:
+        with tempfile.TemporaryDirectory(prefix="soak-") as name:
+            sound = soak(Path(name), algorithm, options) and sound
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from base_setup.out_of_memory import in_words
 from checkpointing.resuming import LATEST, check_changes, find_resume, plain_config, read_state, run_folder_of
 from checkpointing.stopping import StopRequest
 from checkpointing.store import CheckpointStore, Saved
@@ -238,14 +239,18 @@ class RunSession:
         """
         try:
             yield
-        except BaseException as error:
+        except BaseException as caught:
+            error = in_words(caught)
             if learned() == 0:
-                raise
+                if error is caught:
+                    raise
+                raise error from caught
             saved = self._save_interrupted(save_model, learned())
+            told = f"{str(error).rstrip('.')}. {saved}"
             if isinstance(error, RewardError):
-                raise RewardError(f"{error} {saved}") from error
+                raise RewardError(told) from error
             if isinstance(error, ToolkitError):
-                raise TrainingRuntimeError(f"{error} {saved}") from error
+                raise TrainingRuntimeError(told) from error
             print(saved)
             raise
 
@@ -254,9 +259,10 @@ class RunSession:
         folder = self.path / "interrupted"
         try:
             save_model(folder)
-        except (ToolkitError, OSError) as error:
-            return f"What was learned could not be saved either: {error}"
-        saved = f"What was learned so far is in {folder} (after step {step})."
+        except (ToolkitError, OSError, MemoryError, RuntimeError) as error:
+            said = f"What was learned could not be saved either: {str(error) or type(error).__name__}."
+        else:
+            said = f"What was learned so far is in {folder} (after step {step})."
         if self.saved_at:
-            saved += f" With --resume {folder.parent} the run goes on after step {self.saved_at}."
-        return saved
+            said += f" With --resume {folder.parent} the run goes on after step {self.saved_at}."
+        return said

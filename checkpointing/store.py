@@ -46,11 +46,17 @@ class Saved:
         """Read every file and compare it with the manifest.
 
         Raises:
-            CheckpointError: naming the first file that is missing, too short, too long, or not what was written.
+            CheckpointError: naming the first file that is missing, too short, too long, or not what was written, or
+                a link: what is read must be what lies in this folder.
         """
+        for path in sorted(self.path.rglob("*")):
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{path}: a link (to {os.readlink(path)}); a checkpoint has its files themselves in its folder"
+                )
         for name, entry in self.files.items():
             path = self.path / name
-            if path.is_symlink() or not path.is_file():
+            if not path.is_file():
                 raise CheckpointError(f"{path}: the file is missing")
             if (size := path.stat().st_size) != entry["bytes"]:
                 raise CheckpointError(f"{path}: {size} bytes are there, {entry['bytes']} were written")

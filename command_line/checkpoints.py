@@ -62,7 +62,7 @@ def _described(part: Path, folder: Path) -> tuple[dict[str, Any], dict[str, floa
     return written_down(part / "ppo_config.json", part / "run_config.json", folder / "config.json")
 
 
-def check_written_rewards(checkpoint: Checkpoint, rewards: Any) -> None:
+def check_written_rewards(checkpoint: Checkpoint, rewards: Any, option: str = "--checkpoint") -> None:
     """Refuse rewards that a checkpoint names and that would run its own code, or reach out: it may be anybody's.
 
     Functions in files elsewhere, which the run was trained with on this machine, are let through.
@@ -84,7 +84,7 @@ def check_written_rewards(checkpoint: Checkpoint, rewards: Any) -> None:
             reason = f"with {reaching[0]} = {options[reaching[0]]!r:.60}"
         if reason is not None:
             raise CheckpointError(
-                f'--checkpoint: {home} asks for the reward "{name}", {reason}; if you trust it, give it yourself with '
+                f'{option}: {home} asks for the reward "{name}", {reason}; if you trust it, give it yourself with '
                 "--reward, or --config with the file that the run was trained from"
             )
 

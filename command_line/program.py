@@ -63,6 +63,11 @@ def guarded(work: Callable[[], int]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
+    except MemoryError:  # of a run under way base_setup/out_of_memory.py says more
+        print(
+            "error: memory ran out; docs/memory.md has what a run takes and what lowers it", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

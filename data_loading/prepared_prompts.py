@@ -26,6 +26,7 @@ from experience_buffer.data_structures import Prompt
 Item = TypeVar("Item")
 Overflow = Literal["error", "keep_end", "drop"]
 OnBadRow = Literal["error", "skip"]
+TOKEN_ROWS_COMPARED = 256  # of pre-tokenised files, whose point is that they are not read whole
 
 
 class Fitting:
@@ -125,6 +126,7 @@ class PreparedPrompts(Sequence[Prompt]):
         self.fitting = Fitting(max_prompt_length, overflow, on_bad_row)
         self._kept: dict[int, Prompt] | None = None if isinstance(prompts, (Rows, TokenRows)) else {}
         self._digest = hashlib.sha256()
+        self._hashes: np.ndarray | None = None  # (N,) uint64 of the rows of a file, as they were when checked
         self._indices = np.flatnonzero(self._usable())
         if not len(self._indices):
             raise DataLoadError(f"prompts: none of {len(prompts)} can be used: {self.fitting}")
@@ -134,14 +136,23 @@ class PreparedPrompts(Sequence[Prompt]):
         if isinstance(self._rows, TokenRows):
             self._rows.check_tokenizer(fingerprint(self._tokenizer), len(self._tokenizer))
             self._digest.update(np.ascontiguousarray(self._rows.prompt_lengths).tobytes())
+            for index in np.unique(np.linspace(0, len(self._rows) - 1, TOKEN_ROWS_COMPARED).astype(int)):
+                self._digest.update(
+                    np.asarray(self._rows[int(index)]["prompt_ids"], dtype=np.int64).tobytes()
+                )
             return self.fitting.known(self._rows.prompt_lengths, self._rows.place)
         usable = np.zeros(len(self._rows), dtype=bool)
+        if self._kept is None:
+            self._hashes = np.zeros(len(self._rows), dtype=np.uint64)
         for index, row in enumerate(self._rows):
             prompt = self.fitting.encode(self._tokenizer, index, row, self._place(index))
             usable[index] = prompt is not None
-            if prompt is not None:
-                self._digest.update(_identity(prompt))
-            if self._kept is not None and prompt is not None:
+            if prompt is None:
+                continue
+            self._digest.update(_identity(prompt))
+            if self._hashes is not None:
+                self._hashes[index] = _hash(prompt)
+            if self._kept is not None:
                 self._kept[index] = prompt
         return usable
 
@@ -149,11 +160,17 @@ class PreparedPrompts(Sequence[Prompt]):
         return self._rows.place(index) if isinstance(self._rows, (Rows, TokenRows)) else f"prompts[{index}]"
 
     def _encode(self, index: int, row: Any) -> Prompt:
-        return self.fitting.shortened(prepare_prompt(self._tokenizer, index, row, self._place(index)))
+        prompt = self.fitting.shortened(prepare_prompt(self._tokenizer, index, row, self._place(index)))
+        if self._hashes is not None and self._hashes[index] != _hash(prompt):
+            raise DataLoadError(
+                f"{self._place(index)}: the row is not what it was when the run began, so the file has changed under "
+                "it; put it back and go on (--resume), or begin a new run with the new file"
+            )
+        return prompt
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the prompts, in order, with their columns; of rows that are tokens already, their lengths."""
+        """SHA-256 over the prompts, in order, with their columns; of tokens, their lengths and some rows."""
         return self._digest.hexdigest()
 
     def __len__(self) -> int:
@@ -189,6 +206,10 @@ class PreparedPrompts(Sequence[Prompt]):
 def _identity(prompt: Prompt) -> bytes:
     columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
     return f"{prompt.index} {prompt.ids} {columns}\n".encode("utf-8", errors="backslashreplace")
+
+
+def _hash(prompt: Prompt) -> int:
+    return int.from_bytes(hashlib.blake2b(_identity(prompt), digest_size=8).digest(), "little")
 
 
 class Reordered(Sequence[Item]):

@@ -206,7 +206,7 @@ def _findings(
     if reference is not None and state is not None:
         yield check_reference(state, ReferenceState.of(reference, tokens, mask, temperature))
     peak = mx.get_peak_memory()
-    yield check_restart(trainer, tokens, folder / "saved")
+    yield check_restart(trainer, tokens, folder / "saved", fresh=whole is not None)
     if whole is not None:
         yield _memory(trainer, whole, max(len(prompt.ids) for prompt in prompts), peak)
 

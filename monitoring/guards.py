@@ -36,6 +36,7 @@ class RunGuards:
         self._watch("dead groups", _dead_groups(metrics), IN_A_ROW, step)
         self._watch("skipped", _skipped(metrics), 1, step)
         self._watch("truncation", _all_truncated(metrics), IN_A_ROW, step)
+        self._watch("empty", _all_empty(metrics), IN_A_ROW, step)
 
     def _watch(self, name: str, sentence: str | None, patience: int, step: int) -> None:
         self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if sentence else 0
@@ -106,9 +107,20 @@ def _all_truncated(metrics: Mapping[str, Any]) -> str | None:
     share = _number(metrics, "completions/clipped_ratio")
     if share is None or share < 1:
         return None
+    still = ", and nothing is learned from them" if metrics.get("num_updates") == 0 else ""
     return (
-        f"no completion of the last {IN_A_ROW} steps has come to its end: all were cut at max_new_tokens "
+        f"no completion of the last {IN_A_ROW} steps has come to its end: all were cut at max_new_tokens{still} "
         '(docs/troubleshooting.md, "Nothing ends")'
+    )
+
+
+def _all_empty(metrics: Mapping[str, Any]) -> str | None:
+    longest, cut = _number(metrics, "completions/max_length"), _number(metrics, "completions/clipped_ratio")
+    if longest is None or longest > 1 or cut is None or cut > 0:
+        return None
+    return (
+        f"every completion of the last {IN_A_ROW} steps is empty: its first token is the end token "
+        '(docs/troubleshooting.md, "Empty answers")'
     )
 
 

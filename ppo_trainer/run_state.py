@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from base_setup.parameters import named_arrays
+from base_setup.tokenizer_setup import fingerprint
 from config.ppo_config import PPOConfig
 from models.fingerprint import weights_fingerprint
 from models.policy_model import FrozenPolicy, PolicyModel
@@ -52,7 +53,11 @@ class RunState:
         self.policy, self.value, self.reference = policy, value, reference
         self.rollout_policy, self.kl_controller, self.moments = rollout_policy, kl_controller, moments
         self.rewards, self.config = rewards, config
-        origins = {"model": weights_fingerprint(policy.base.model), "prompts": prompts}
+        origins = {
+            "model": weights_fingerprint(policy.base.model),
+            "tokenizer": fingerprint(policy.tokenizer),
+            "prompts": prompts,
+        }
         if reference is not None and config.reference_sync_every is None:
             origins["reference"] = weights_fingerprint(reference.model)
         self._common = TrainingState(

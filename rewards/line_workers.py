@@ -1,7 +1,8 @@
 """Child processes that answer lines of JSON, several at a time, each killed when it takes too long.
 
 What a thread cannot promise, since nothing can stop one: that a task ends. Children are started by ``subprocess``
-and not by forking, because a process that has used MLX does not survive a fork.
+and not by forking, because a process that has used MLX does not survive a fork. They end with their input, which ends
+with this process, however it ends.
 """
 
 from __future__ import annotations
@@ -81,7 +82,11 @@ _NOT_YET = object()
 class _Child:
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run, which finishes its step: it needs the answers
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

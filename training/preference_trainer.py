@@ -207,7 +207,7 @@ class PreferenceTrainer:
     def _origins(
         self, comparisons: Sequence[Comparison], held_out: Sequence[Comparison] | None
     ) -> dict[str, str]:
-        origins = origins_of(self.policy.base.model, comparisons, held_out)
+        origins = origins_of(self.policy.base, comparisons, held_out)
         if self.reference is None:
             return origins
         return origins | {"reference": weights_fingerprint(self.reference.model)}

@@ -116,7 +116,7 @@ class ProcessRewardTrainer:
             step=step,
             save=self.model.save,
             load=reward_model.restore,
-            origins=lambda: origins_of(reward_model.base.model, examples, held_out),
+            origins=lambda: origins_of(reward_model.base, examples, held_out),
             validate=None if held_out is None else lambda: self._judge(held_out),
         )
         return learn(task, config, on_step=on_step, resume=resume)

@@ -120,7 +120,7 @@ class RewardTrainer:
             step=lambda batch: self._step(trainer, batch),
             save=self.reward_model.save,
             load=self.reward_model.restore,
-            origins=lambda: origins_of(self.reward_model.base.model, rankings, held_out),
+            origins=lambda: origins_of(self.reward_model.base, rankings, held_out),
             validate=None if held_out is None else lambda: _shown(self._report(held_out)),
         )
         metrics = learn(task, config, on_step=on_step, resume=resume)

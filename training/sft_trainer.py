@@ -102,7 +102,7 @@ class SFTTrainer:
             step=lambda batch: step_metrics(self._step(trainer, batch)),
             save=self.policy.save,
             load=self.policy.load,
-            origins=lambda: origins_of(self.policy.base.model, examples, held_out),
+            origins=lambda: origins_of(self.policy.base, examples, held_out),
             validate=None if held_out is None else lambda: self._judge(held_out),
         )
         return learn(task, config, on_step=on_step, resume=resume)

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from base_setup.parameters import named_arrays
+from base_setup.tokenizer_setup import fingerprint
 from checkpointing.durable import write_strict_json
 from checkpointing.resuming import STATE, read_state
 from config.errors import CheckpointError
 from config.training_config import TrainingConfig
 from models.fingerprint import weights_fingerprint
+from models.sft_model import LanguageModel
 from training.model_trainer import ModelTrainer
 from training.randomness import random_state, set_random_state
 
@@ -31,6 +32,8 @@ OPTIMIZER = "optimizer.safetensors"
 #: What a checkpoint can be of that the run going on from it is not of, and the sentence for it.
 _ORIGINS = {
     "model": "model_name: the base model's weights are not those that this run trained on",
+    "tokenizer": "tokenizer: it is not the one that this run trained with (its vocabulary, chat template or ids "
+    "differ), so the tokens that were learned would mean something else",
     "reference": "reference: its weights are not those that this run was measured from",
     "prompts": "prompts: they are not those that this run trained on (their number, tokens or columns differ), and its "
     "place among them would mean nothing",
@@ -152,9 +155,13 @@ def under(arrays: Mapping[str, mx.array], name: str) -> dict[str, mx.array]:
     return {path.removeprefix(name + "."): x for path, x in arrays.items() if path.startswith(name + ".")}
 
 
-def origins_of(base: nn.Module, rows: Iterable[Any], validation: Iterable[Any] | None) -> dict[str, str]:
-    """What a supervised run is made from: the base's weights, and encoded rows (tuples and lists of numbers)."""
-    origins = {"model": weights_fingerprint(base), "rows": _rows_fingerprint(rows)}
+def origins_of(base: LanguageModel, rows: Iterable[Any], validation: Iterable[Any] | None) -> dict[str, str]:
+    """What a supervised run is made from: base, tokenizer, and encoded rows (tuples and lists of numbers)."""
+    origins = {
+        "model": weights_fingerprint(base.model),
+        "tokenizer": fingerprint(base.tokenizer),
+        "rows": _rows_fingerprint(rows),
+    }
     return origins if validation is None else origins | {"validation": _rows_fingerprint(validation)}
 
 

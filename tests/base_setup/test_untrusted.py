@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import main
 from base_setup.lora_setup import DESCRIPTION, WEIGHTS, read_description
 from base_setup.untrusted import check_model_folder
 from command_line.checkpoints import Checkpoint, check_written_rewards, find_checkpoint
@@ -158,10 +159,12 @@ def test_the_hub_caches_own_links_are_followed(folder: Path, tmp_path: Path) -> 
     file.rename(cache / "blobs" / "0123")
     file.symlink_to("../../blobs/0123")
     check_model_folder(file.parent, trust_remote_code=False)
-    file.unlink()
-    file.symlink_to("../../../elsewhere")
-    with pytest.raises(ModelLoadError, match="is a link out of its folder"):
-        check_model_folder(file.parent, trust_remote_code=False)
+    (cache / "other").write_text("{}")
+    for elsewhere in ("../../../elsewhere", "../../other", "../../blobs-2/0123", "../def/config.json"):
+        file.unlink()
+        file.symlink_to(elsewhere)
+        with pytest.raises(ModelLoadError, match="is a link out of its folder"):
+            check_model_folder(file.parent, trust_remote_code=False)
 
 
 def test_links_out_of_an_adapter_folder(tmp_path: Path) -> None:
@@ -235,6 +238,33 @@ def test_other_rewards_of_a_checkpoint_are_let_through(
     check_written_rewards(written(tmp_path), [reward])
     check_written_rewards(written(tmp_path), {"well_formed": 1.0})
     check_written_rewards(written(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        ("{run}/evil.py:f", "which is code that came with it"),
+        ({"name": "judge", "config": {"url": "http://example.com", "model": "m"}}, "with url"),
+    ],
+)
+def test_a_run_folder_that_is_resumed_cannot_give_consent_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: Any, reason: str
+) -> None:
+    """``--resume RUN`` takes the config that lies in the folder, which may be anybody's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evil.py").write_text(
+        CODE + "def f(completions, **columns):\n    return [0.0] * len(completions)\n"
+    )
+    reward = reward.format(run=run) if isinstance(reward, str) else reward
+    settings = {"model_name": "embedded", "rewards": [reward], "trust_remote_code": True}
+    put(run / "config.json", config=settings)
+    assert main.main(["train", "--resume", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert "error: --resume: " in said
+    assert reason in said
+    assert "give it yourself with --reward, or --config" in said
+    assert not (run / "RAN").exists()
 
 
 # What is sent --------------------------------------------------------------------------------------------

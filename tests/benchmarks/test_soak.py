@@ -17,6 +17,7 @@ def test_a_run_that_is_killed_five_times_is_the_run_that_was_not(tmp_path: Path)
     assert soak.run(kills=5, seconds=300)
     assert (soak.lost, soak.damaged, mismatches(tmp_path / "whole", tmp_path / "killed")) == (0, 0, 0)
     assert soak.kills > 0
+    assert soak.resumes + soak.anew >= soak.kills  # what follows a kill begins from a checkpoint, or anew
 
 
 def test_a_difference_is_counted(tmp_path: Path) -> None:

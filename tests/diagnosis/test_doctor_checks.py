@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from base_setup.lora_setup import adapter_layers
+from base_setup.lora_setup import DESCRIPTION, adapter_layers
 from base_setup.parameters import named_arrays
 from config.model_config import ModelConfig
 from config.ppo_config import PPOConfig
@@ -282,6 +283,40 @@ def test_a_loss_that_forgets_the_mask(tmp_path: Path) -> None:
     assert check_padding(forgetful, experience).verdict == "fault"
 
 
+@pytest.mark.parametrize(
+    "field", ["advantages", "sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "returns"]
+)
+def test_a_loss_that_forgets_the_mask_of_one_array(tmp_path: Path, field: str) -> None:
+    """A sum over all positions of one array; over the sampled ones it would be sound."""
+    experience = with_probe_advantages(make_experience(extract(rollouts_of(make_trainer(tmp_path).policy))))
+    experience = experience._replace(
+        **{
+            name: mx.where(experience.mask, 0.5, 0.0)
+            for name in ("old_logprobs", "ref_logprobs", "values", "returns")
+        }
+    )
+
+    def over(one: Experience, mask: mx.array) -> dict[str, mx.array]:
+        return {"weight": mx.sum(mx.where(mask, getattr(one, field), 0.0))}
+
+    assert check_padding(lambda one: over(one, one.mask), experience).verdict == "ok"
+    assert check_padding(lambda one: over(one, mx.ones_like(one.mask)), experience).verdict == "fault"
+
+
+def test_a_loss_that_reads_padding(tmp_path: Path) -> None:
+    experience = make_experience(extract(rollouts_of(make_trainer(tmp_path).policy)))
+    finding = check_padding(lambda one: {"weight": mx.sum(one.tokens[:, 1:].astype(mx.float32))}, experience)
+    assert finding.verdict == "fault"
+
+
+def test_probe_advantages_are_for_sampled_tokens_alone() -> None:
+    mask = mx.array([[False, True, True], [True, False, False]])
+    probe = with_probe_advantages(
+        Experience(mx.zeros((2, 4), mx.int32), mask, mx.ones((2, 3)), mx.zeros((2, 3)))
+    )
+    assert probe.advantages.tolist() == [[0.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]
+
+
 def test_dropout_in_the_policy(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, lora_dropout=0.5, learning_rate=1e-2)
     trainer.policy.model.train()
@@ -400,6 +435,46 @@ def test_a_folder_that_is_not_what_was_trained(tmp_path: Path, monkeypatch: pyte
     assert (
         check_restart(trainer, tokens, tmp_path / "file" / "x").verdict == "fault"
     )  # not a folder to write to
+
+
+def test_another_process_reads_what_was_trained(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, learning_rate=1e-2)
+    trainer.train(["ab"], num_epochs=1)
+    tokens = mx.array([[1, 2, 3]])
+    finding = check_restart(trainer, tokens, tmp_path / "good", fresh=True)
+    assert finding.verdict == "ok", finding
+    assert "read by another process" in finding.seen
+
+
+@pytest.mark.parametrize("what", ["scale", "base", "nothing"])
+def test_another_process_sees_what_this_one_would_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    trainer = make_trainer(tmp_path, learning_rate=1e-2)
+    trainer.train(["ab"], num_epochs=1)
+    save = trainer.save_model
+
+    def broken(folder: Path) -> None:
+        save(folder)
+        if what == "scale":
+            settings = json.loads((folder / DESCRIPTION).read_text())
+            settings["lora_parameters"]["scale"] *= 2
+            (folder / DESCRIPTION).write_text(json.dumps(settings))
+        elif what == "base":  # a base that is here, and not on disk
+            weights = dict(mx.load(str(folder / "base" / "model.safetensors")))
+            weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+            mx.save_safetensors(str(folder / "base" / "model.safetensors"), weights)
+        else:
+            (folder / "base" / "config.json").unlink()
+
+    monkeypatch.setattr(trainer, "save_model", broken)
+    tokens = mx.array([[1, 2, 3]])
+    finding = check_restart(trainer, tokens, tmp_path / "bad", fresh=True)
+    assert finding.verdict == "fault"
+    if what == "base":
+        assert check_restart(trainer, tokens, tmp_path / "same", fresh=False).verdict == "ok"
+    if what == "nothing":
+        assert "has failed: " in finding.seen
 
 
 # The machine ---------------------------------------------------------------------------------------------

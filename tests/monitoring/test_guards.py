@@ -17,6 +17,7 @@ TROUBLES = {
     "Dead groups": {"frac_reward_zero_std": 0.95},
     "Skipped updates": {"skipped_updates": 1.0},
     "Nothing ends": {"completions/clipped_ratio": 1.0},
+    "Empty answers": {"completions/max_length": 1.0, "completions/clipped_ratio": 0.0},
 }
 
 
@@ -39,7 +40,22 @@ def test_a_trouble_is_said_once_and_again_after_a_recovery(name: str) -> None:
         assert len(said) == sentences, said
     assert f'"{name}")' in said[0]
     text = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    assert re.search(rf"^## {name}$", text, re.M)
+    heading = re.search(rf"^## {name}\n\n`([^`]+)`$", text, re.M)
+    assert heading is not None
+    assert heading[1] in said[0]  # what a user looks for is what the run has said
+
+
+def test_answers_of_one_token_that_were_cut_are_not_empty_and_cut_ones_may_teach_nothing() -> None:
+    said: list[str] = []
+    guards = RunGuards(said.append)
+    for step in range(5):
+        guards.on_step_end(step, {"completions/max_length": 1.0, "completions/clipped_ratio": 1.0})
+    assert len(said) == 1
+    assert "nothing is learned" not in said[0]
+    guards = RunGuards(said.append)
+    for step in range(5):
+        guards.on_step_end(step, {"completions/clipped_ratio": 1.0, "num_updates": 0.0})
+    assert "all were cut at max_new_tokens, and nothing is learned from them" in said[1]
 
 
 def test_a_metric_that_is_not_there_or_no_number_is_no_trouble() -> None:
