@@ -150,7 +150,7 @@ undo = lambda: subprocess.run(["umount", run], check=True)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [(FULL, "No space left on device"), (READ_ONLY, "Read-only file system")],
+    [(FULL, "Unable to write"), (READ_ONLY, "Read-only file system")],
     ids=["full", "read-only"],
 )
 def test_a_disk_that_fills_up_or_closes_under_the_run(tmp_path: Path, fault: str, words: str) -> None:
