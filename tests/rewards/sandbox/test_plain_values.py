@@ -23,7 +23,7 @@ from rewards.sandbox.values import BadValue, decode, encode
         Fraction(1, 3), Decimal("1.10"), collections.deque([1, 2]), range(0, 10, 3),
         datetime.date(2024, 2, 29), datetime.datetime(2024, 2, 29, 1, 2, 3, 4), datetime.timedelta(1, 2, 3),
     ],
-    ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "int",
+    ids=lambda value: type(value).__name__,  # a set prints itself in another order in each process
 )  # fmt: skip
 def test_a_plain_value_comes_back_as_it_was(value: Any) -> None:
     back = decode(encode(value))
