@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from base_setup.out_of_memory import in_words
 from checkpointing.resuming import LATEST, check_changes, find_resume, plain_config, read_state, run_folder_of
 from checkpointing.stopping import StopRequest
 from checkpointing.store import CheckpointStore, Saved
@@ -230,12 +229,16 @@ class RunSession:
 
     @contextmanager
     def keeping_what_was_earned(
-        self, save_model: Callable[[Path], None], learned: Callable[[], int]
+        self,
+        save_model: Callable[[Path], None],
+        learned: Callable[[], int],
+        in_words: Callable[[BaseException], BaseException],
     ) -> Iterator[None]:
         """Whatever ends the block early, the weights are saved first and the message says where.
 
         Args:
             learned: steps that have been learned from; 0: there is nothing to save.
+            in_words: gives the error to raise in place of one that nobody could read, or the same.
         """
         try:
             yield

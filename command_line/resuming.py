@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.resuming import LATEST, find_resume, run_folder_of
-from command_line.checkpoints import Checkpoint, check_written_rewards
 from config.declaration import Declaration
 from config.training_config import TrainingConfig
 
@@ -25,6 +24,8 @@ def take_run_config(options: argparse.Namespace, cls: type[Declaration]) -> None
     folder = run_folder_of(where) if Path(where).expanduser().is_dir() else Path(where)
     config = _written_down(folder / "config.json", cls)
     if config:
+        from command_line.checkpoints import Checkpoint, check_written_rewards
+
         if config.get("rewards") and "rewards" not in said:
             check_written_rewards(Checkpoint(folder, True, config, {}), config["rewards"], "--resume")
         config["output_dir"] = str(folder)

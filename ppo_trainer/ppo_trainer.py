@@ -22,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from base_setup import backend
 from base_setup.lora_setup import read_description
 from base_setup.memory_estimate import read_config, within_memory
+from base_setup.out_of_memory import in_words
 from base_setup.parameters import count_parameters, describe_trainable
 from base_setup.tokenizer_setup import check_vocabulary
 from checkpointing.run_session import RunSession
@@ -207,7 +208,7 @@ class PPOTrainer:
             told = self._listeners([*self._printer(num_epochs), *callbacks])
             self._updater = self._build_updater(num_steps)
             progress = self._progress_at(session.begin(self._run_state(prepared), saved))
-            with session.keeping_what_was_earned(self.save_model, lambda: self.learned_steps):
+            with session.keeping_what_was_earned(self.save_model, lambda: self.learned_steps, in_words):
                 if self.config.verbose:
                     print(describe_trainable(self.policy.model))
                 told("on_train_begin", self)

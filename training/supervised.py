@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from base_setup import backend
+from base_setup.out_of_memory import in_words
 from base_setup.parameters import count_parameters
 from checkpointing.resuming import LATEST
 from checkpointing.run_session import RunSession
@@ -264,7 +265,9 @@ def _learn_in_folder(walk: Walk[Any], config: SupervisedConfig, on_step: OnStep 
             walk.go_on(*position)
         begun, recorder = walk.step, session.recorder
         assert recorder is not None
-        with session.keeping_what_was_earned(task.save, lambda: walk.step if walk.step > begun else 0):
+        with session.keeping_what_was_earned(
+            task.save, lambda: walk.step if walk.step > begun else 0, in_words
+        ):
             while not walk.is_over():
                 metrics = walk.advance()
                 recorder.on_step_end(walk.step, metrics)
