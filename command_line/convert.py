@@ -111,7 +111,16 @@ def _adapter(options: argparse.Namespace) -> int:
     """An adapter alone; what is said of weights has no meaning for it."""
     from tools.older_adapters import SCALE, convert_adapter
 
-    others = ("dtype", "eos_token", "quantize", "dequantize", "q_bits", "q_group_size", "q_mode", "quant_predicate")
+    others = (
+        "dtype",
+        "eos_token",
+        "quantize",
+        "dequantize",
+        "q_bits",
+        "q_group_size",
+        "q_mode",
+        "quant_predicate",
+    )
     for name in (*others, "upload_repo", "yes"):
         if getattr(options, name) not in (None, False, "affine"):
             raise InvalidConfigurationError(

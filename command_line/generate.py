@@ -156,7 +156,9 @@ def _chat(options: argparse.Namespace, how: DecodingConfig) -> int:
                 f"--{name.replace('_', '-')}: with --chat everything is typed; leave one of the two out"
             )
     if options.num != 1:
-        raise InvalidConfigurationError("--num: with --chat there is one answer at a time; leave one of the two out")
+        raise InvalidConfigurationError(
+            "--num: with --chat there is one answer at a time; leave one of the two out"
+        )
     from command_line.chat import talk
     from tools.chatting import Conversation
 

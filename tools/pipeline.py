@@ -26,7 +26,16 @@ from config.loader import STAGES as CONFIGS
 from config.options import options_of
 from models.sft_model import EMBEDDED
 from monitoring.run_lock import RunLock, is_running
-from tools.stage_folders import begin, contents, inputs_hash, inputs_of, is_begun, is_complete, set_aside, stamp
+from tools.stage_folders import (
+    begin,
+    contents,
+    inputs_hash,
+    inputs_of,
+    is_begun,
+    is_complete,
+    set_aside,
+    stamp,
+)
 
 STAGES = ("sft", "reward_model", "train", "evaluate", "fuse")
 #: Those that have checkpoints: interrupted, they go on. The others begin anew.
@@ -212,7 +221,9 @@ def _inputs(settings: list[Setting]) -> dict[str, Any]:
     """Settings by name, those that name files with what is in them."""
     inputs: dict[str, Any] = {one.name: one.value for one in settings if one.name not in HOW}
     files = {name: contents(inputs[name]) for name in FILES if isinstance(inputs.get(name), str)}
-    files["benchmark_data"] = [contents(one.partition("=")[2]) for one in _texts(inputs.get("benchmark_data"))]
+    files["benchmark_data"] = [
+        contents(one.partition("=")[2]) for one in _texts(inputs.get("benchmark_data"))
+    ]
     rewards = [_reward_contents(name) for name in _texts(inputs.get("rewards"))]
     checkpoint = inputs.get("checkpoint")
     if isinstance(checkpoint, str):
