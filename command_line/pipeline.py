@@ -155,6 +155,7 @@ def _check(plan: Plan) -> None:
             continue
         if stage == "evaluate":
             _check_evaluate(plan)
+        _check_data(plan, stage)
         shared = _known(stage, {name: one.value for name, one in plan.shared.items()})
         mine = {name: one.value for name, one in own.items() if name not in OWN.get(stage, set())}
         try:
@@ -162,6 +163,20 @@ def _check(plan: Plan) -> None:
             configs[stage] = loaded.config
         except InvalidConfigurationError as error:
             raise InvalidConfigurationError(_located(plan, stage, str(error))) from error
+
+
+def _check_data(plan: Plan, stage: str) -> None:
+    """Whether the data are there, so that nobody waits for the stages before to hear that they are not."""
+    from data_loading.token_files import prefix_of
+
+    for name in ("train_path", "val_path"):
+        one = plan.stages[stage].get(name) or plan.shared.get(name)
+        if one is None or not isinstance(one.value, str) or prefix_of(one.value) is not None:
+            continue
+        if not Path(one.value).expanduser().exists():
+            raise InvalidConfigurationError(
+                f'{plan.place(one)}: [{stage}] {name}: there is no file or folder "{one.value}"; check the path'
+            )
 
 
 def _check_evaluate(plan: Plan) -> None:

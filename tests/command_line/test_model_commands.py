@@ -124,6 +124,17 @@ def test_a_file_that_is_no_older_adapter_is_a_sentence(
     assert [one.name for one in tmp_path.iterdir()] == ["a.npz"]
 
 
+def test_a_base_named_from_another_working_folder_is_asked_for(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    described = {"fine_tune_type": "lora", "num_layers": 1, "model": "mine"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"a": mx.zeros(2)})
+    done = command("generate", "-p", "x", "--adapter-path", str(tmp_path))
+    assert done.code == 2
+    assert f'{tmp_path} was trained on the folder "mine", which is not there' in done.err
+
+
 def test_what_is_to_be_typed_next_can_be(tmp_path: Path, command: Callable[..., Any]) -> None:
     folder = tmp_path / "with space"
     done = command("convert", "--hf-path", "embedded", "--mlx-path", str(folder))

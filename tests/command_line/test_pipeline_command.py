@@ -72,6 +72,11 @@ def test_all_stages_then_none_then_those_that_changed(workplace: Path, command: 
             "[fuse]\nexport_gguf = true",
             "pipeline.toml:25: [fuse] --export-gguf: mlx-lm writes GGUF for",
         ),
+        (
+            '"prompts.jsonl"',
+            '"prompt.jsonl"',
+            '[train] train_path: there is no file or folder "prompt.jsonl"',
+        ),
         ("[train]", "[train]\nsoft_prompt_tokens = 2", "[fuse] [train] trains a soft prompt"),
     ],
 )

@@ -33,7 +33,9 @@ benchmark_data = ["gsm8k=rows.jsonl"]
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Plan]:
     """A plan from a file's text, in a folder with what it names."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tools.pipeline._forget", lambda: None)  # nothing is held, and looking for it takes time
+    monkeypatch.setattr(
+        "tools.pipeline._forget", lambda: None
+    )  # nothing is held, and looking for it takes time
     Path("base").mkdir()
     Path("base/config.json").write_text("{}")
     Path("mine.py").write_text("def length(completions, **columns): return [1.0 for _ in completions]\n")
