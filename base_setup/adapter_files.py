@@ -83,10 +83,18 @@ def soft_prompt_length(description: Mapping[str, Any]) -> int:
 
     Alone or beside low-rank adapters, they are ``soft_prompt_tokens`` of the description.
 
+    Raises:
+        InvalidConfigurationError: it is no number of vectors.
+
     >>> soft_prompt_length({"fine_tune_type": "lora", "soft_prompt_tokens": 4})
     4
     """
-    return int(description.get("soft_prompt_tokens") or 0)
+    length = description.get("soft_prompt_tokens") or 0
+    if type(length) is not int or length < 0:
+        raise InvalidConfigurationError(
+            f"{DESCRIPTION}: soft_prompt_tokens: a whole number from 0 up is expected, found {length!r:.80}"
+        )
+    return length
 
 
 def load_adapter(model: nn.Module, folder: Path) -> dict[str, Any]:

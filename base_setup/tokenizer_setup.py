@@ -20,6 +20,7 @@ from data_loading.messages import has_half_characters
 from data_loading.schemas import RESERVED_COLUMNS
 from experience_buffer.data_structures import Prompt
 
+HALF = "the text has half a character (a lone surrogate); repair it"
 _ENDING = 32  # tokens: enough for the tag with which a template opens the thinking
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -76,8 +77,16 @@ def encode(tokenizer: TokenizerWrapper, text: str, *, special: bool = False) -> 
     """Ids of a text. Control tokens spelled out inside it stay text, so that content cannot forge turns.
 
     ``special``: put the tokenizer's own first tokens (BOS) where it has them; once, before a prompt.
+
+    Raises:
+        DataLoadError: for half a character, which no tokenizer takes.
     """
-    return list(tokenizer.encode(text, add_special_tokens=special, split_special_tokens=True))
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special, split_special_tokens=True))
+    except TypeError:
+        if has_half_characters(text):
+            raise DataLoadError(HALF) from None
+        raise
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
@@ -95,6 +104,8 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str | Sequence[Mapping[st
             list(prompt), add_generation_prompt=True, tokenize=True, sanitize_control_tokens=True
         )
     except Exception as error:  # a template is a program of its own and raises what it likes
+        if any(has_half_characters(str(message.get("content"))) for message in prompt):
+            raise DataLoadError(HALF) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataLoadError(f"the chat template does not take these messages ({reason})") from error
     return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
@@ -222,7 +233,7 @@ def prepare_prompt(tokenizer: TokenizerWrapper, index: int, row: Any, place: str
     if not text.strip():
         raise DataLoadError(f"{place}: the prompt is empty")
     if has_half_characters(text):
-        raise DataLoadError(f"{place}: the text has half a character (a lone surrogate); repair it")
+        raise DataLoadError(f"{place}: {HALF}")
     try:
         ids = encode_prompt(tokenizer, row)
     except DataLoadError as error:

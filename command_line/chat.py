@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from command_line.decoding_options import add_decoding_options, add_model_options, decoding_config, load_model
 from command_line.parsing import Command, Parser, count, one_of
-from config.errors import DataLoadError
+from config.errors import DataLoadError, InvalidConfigurationError
 
 if TYPE_CHECKING:
     from tools.chatting import Conversation
@@ -56,6 +56,10 @@ CONTEXT = "tokens of the conversation that the model sees at most; the oldest go
 def run(options: argparse.Namespace) -> int:
     """Talk until the user leaves."""
     template = "lines" if options.reply_as and options.template == "auto" else options.template
+    if options.reply_as and template not in ("auto", "lines"):
+        raise InvalidConfigurationError(
+            f"--reply-as: the template lines alone has a name for who answers, not {template}; leave one of the two out"
+        )
     if options.from_system is not None:
         options.decoding_defaults = OLDER
         template = "lines" if template == "auto" else template
@@ -83,6 +87,8 @@ def talk(conversation: Conversation, *, verbose: bool = False) -> int:
             text = input("you: " if asks else "")
         except EOFError:
             return 0
+        except UnicodeDecodeError as error:
+            raise DataLoadError(f"standard input is not UTF-8 text ({error})") from None
         word = text.strip()
         if word.lower() in ("quit", "exit", "q"):
             return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from command_line.decoding_options import add_trust
 from command_line.parsing import Command, Parser, count, one_of
@@ -110,9 +111,18 @@ def _adapter(options: argparse.Namespace) -> int:
     """An adapter alone; what is said of weights has no meaning for it."""
     from tools.older_adapters import SCALE, convert_adapter
 
-    others = ("dtype", "eos_token", "quantize", "dequantize", "q_bits", "q_group_size", "quant_predicate")
+    others = (
+        "dtype",
+        "eos_token",
+        "quantize",
+        "dequantize",
+        "q_bits",
+        "q_group_size",
+        "q_mode",
+        "quant_predicate",
+    )
     for name in (*others, "upload_repo", "yes"):
-        if getattr(options, name):
+        if getattr(options, name) not in (None, False, "affine"):
             raise InvalidConfigurationError(
                 f"--{name.replace('_', '-')}: with --adapter-file the adapter alone is written; leave it out"
             )
@@ -125,7 +135,8 @@ def _adapter(options: argparse.Namespace) -> int:
             trust_remote_code=options.trust_remote_code,
         )
     )
-    print(f"next: python main.py chat --model {options.hf_path} --adapter-path {options.mlx_path}")
+    base, folder = shlex.quote(options.hf_path), shlex.quote(options.mlx_path)
+    print(f"next: python main.py chat --model {base} --adapter-path {folder}")
     return 0
 
 
@@ -152,7 +163,7 @@ def finish(options: argparse.Namespace, path: str, source: str) -> int:
 
         base = source if "/" in source and not Path(source).expanduser().exists() else None
         upload(Path(path).expanduser(), options.upload_repo, base, consented=options.yes)
-    print(f"next: python main.py chat --model {path}")
+    print(f"next: python main.py chat --model {shlex.quote(path)}")
     return 0
 
 

@@ -15,6 +15,7 @@ from config.errors import CheckpointError, DataLoadError, InvalidConfigurationEr
 if TYPE_CHECKING:
     from config.decoding_config import DecodingConfig
     from models.sft_model import LanguageModel
+    from tools.generating import Answer
 
 
 def _options(parser: Parser) -> None:
@@ -68,14 +69,17 @@ def run(options: argparse.Namespace) -> int:
         if not tokens:
             raise DataLoadError(f"--prompt: the tokenizer makes nothing of {prompt!r:.60}; write something")
     if options.stream:
-        return _stream(base, ids[0], how, verbose=options.verbose)
-    answers = generate(base, ids, how, members=options.num)
+        answers = [_stream(base, ids[0], how, verbose=options.verbose)]
+    else:
+        answers = generate(base, ids, how, members=options.num)
     rows = []
     for number, answer in enumerate(answers):
         prompt = prompts[number // options.num]
         rows.append(
             {"prompt": prompt, "completion": answer.text, "tokens": len(answer.ids), "finish": answer.finish}
         )
+        if options.stream:  # it has been seen
+            continue
         if len(answers) > 1:
             print(f"── {number + 1}: {_shown(prompt)}")
         print(answer.text)
@@ -90,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _prompts(options: argparse.Namespace) -> list[Any]:
     """Texts and chats, as the model is to see them."""
-    found: list[Any] = [sys.stdin.read() if text == "-" else text for text in options.prompt]
+    found: list[Any] = [_standard_input() if text == "-" else text for text in options.prompt]
     if options.prompts is not None:
         from data_loading.loading import load_prompts
 
@@ -107,14 +111,22 @@ def _prompts(options: argparse.Namespace) -> list[Any]:
     return found
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataLoadError(f"--prompt -: standard input is not UTF-8 text ({error})") from None
+
+
 def _shown(prompt: Any) -> str:
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     line = " ".join(text.split())
     return line if len(line) <= 80 else f"{line[:79]}…"
 
 
-def _stream(base: LanguageModel, ids: list[int], how: DecodingConfig, *, verbose: bool) -> int:
-    from tools.generating import check_decoding, stream
+def _stream(base: LanguageModel, ids: list[int], how: DecodingConfig, *, verbose: bool) -> Answer:
+    """Show an answer as it comes, and return it."""
+    from tools.generating import Answer, check_decoding, stream
 
     check_decoding(base, how)
     for piece in stream(base, ids, how):
@@ -125,7 +137,8 @@ def _stream(base: LanguageModel, ids: list[int], how: DecodingConfig, *, verbose
             f"{len(piece.ids)} tokens, {piece.finish}, {piece.tokens_per_second:.1f} a second",
             file=sys.stderr,
         )
-    return 0
+    text = base.tokenizer.decode(list(piece.ids), skip_special_tokens=True)
+    return Answer(text, piece.ids, piece.finish or "length")
 
 
 def _writable(name: str) -> Path:
@@ -137,6 +150,15 @@ def _writable(name: str) -> Path:
 
 
 def _chat(options: argparse.Namespace, how: DecodingConfig) -> int:
+    for name in ("prompt", "prompts", "as_chat", "stream", "output"):
+        if getattr(options, name):
+            raise InvalidConfigurationError(
+                f"--{name.replace('_', '-')}: with --chat everything is typed; leave one of the two out"
+            )
+    if options.num != 1:
+        raise InvalidConfigurationError(
+            "--num: with --chat there is one answer at a time; leave one of the two out"
+        )
     from command_line.chat import talk
     from tools.chatting import Conversation
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 
 from command_line.parsing import Command, Parser, count
 
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             path.write_text("".join(to_json(row, split) + "\n" for row in part), encoding="utf-8")
             print(f"{path}: {len(part)} rows")
     print(PRIVACY)
-    print(f"next: python main.py sft --model-name NAME --train-path {Path(options.output)}")
+    print(f"next: python main.py sft --model-name NAME --train-path {shlex.quote(str(folder))}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def _options(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the pairs and say how many."""
     how = decoding_config(options)
-    if options.num < 1 or options.concurrency < 1:
-        raise InvalidConfigurationError("--num, --concurrency: at least 1 is expected, found 0")
+    for name in ("num", "concurrency", "limit"):
+        if getattr(options, name) == 0:
+            raise InvalidConfigurationError(f"--{name}: at least 1 is expected, found 0")
     if options.url is not None and not re.match(r"https?://[^/\s]", options.url):
         raise InvalidConfigurationError(
             f'--url: an address such as "http://localhost:8080/v1" is expected, found {options.url!r}'
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     output = Path(options.output).expanduser()
     made = make_preferences(rows, _sampler(options, how), output)
     print(f"{output}: {made}")
-    print(f"next: python main.py reward-model --model-name NAME --train-path {output}")
+    print(f"next: python main.py reward-model --model-name NAME --train-path {shlex.quote(str(output))}")
     return 0
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line.config_options import add_override
-from command_line.evaluate import EVALUATE
+from command_line.evaluate import BENCHMARKS, EVALUATE
 from command_line.parsing import Command, Parser, one_of
 from command_line.supervised import REWARD_MODEL, SFT
 from command_line.train import TRAIN
+from config.declaration import nearest
 from config.errors import InvalidConfigurationError, ToolkitError, TrainingRuntimeError
 
 if TYPE_CHECKING:
@@ -147,20 +148,91 @@ def _check(plan: Plan) -> None:
     from config.loader import load_config
     from tools.pipeline import OWN
 
+    configs: dict[str, Any] = {}
     for stage, own in plan.stages.items():
         if stage == "fuse":
-            for name, one in own.items():
-                if name not in OWN["fuse"] | {"model_name"}:
-                    raise InvalidConfigurationError(
-                        f"{plan.place(one)}: [fuse] has no {name}; {', '.join(sorted(OWN['fuse']))} are expected"
-                    )
+            _check_fuse(plan, configs)
             continue
+        if stage == "evaluate":
+            _check_evaluate(plan)
+        _check_data(plan, stage)
         shared = _known(stage, {name: one.value for name, one in plan.shared.items()})
         mine = {name: one.value for name, one in own.items() if name not in OWN.get(stage, set())}
         try:
-            load_config(config_of(stage), overrides=list({**shared, **mine}.items()), environ={})
+            loaded = load_config(config_of(stage), overrides=list({**shared, **mine}.items()), environ={})
+            configs[stage] = loaded.config
         except InvalidConfigurationError as error:
             raise InvalidConfigurationError(_located(plan, stage, str(error))) from error
+
+
+def _check_data(plan: Plan, stage: str) -> None:
+    """Whether the data are there, so that nobody waits for the stages before to hear that they are not."""
+    from data_loading.token_files import prefix_of
+
+    for name in ("train_path", "val_path"):
+        one = plan.stages[stage].get(name) or plan.shared.get(name)
+        if one is None or not isinstance(one.value, str) or prefix_of(one.value) is not None:
+            continue
+        if not Path(one.value).expanduser().exists():
+            raise InvalidConfigurationError(
+                f'{plan.place(one)}: [{stage}] {name}: there is no file or folder "{one.value}"; check the path'
+            )
+
+
+def _check_evaluate(plan: Plan) -> None:
+    """Its benchmarks: their names, their rows, and how many of these."""
+    from command_line.benchmarks import check_benchmarks
+
+    own = plan.stages["evaluate"]
+    values = {name: own[name].value for name in ("benchmark", "benchmark_data", "limit") if name in own}
+    names, limit = _listed(values.get("benchmark", [])), values.get("limit")
+    for name in names:
+        if name not in BENCHMARKS:
+            raise InvalidConfigurationError(
+                f"{plan.place(own['benchmark'])}: [evaluate] benchmark: one of {', '.join(BENCHMARKS)} is expected, "
+                f"found {name!r}{nearest(name, BENCHMARKS)}"
+            )
+    if limit is not None and type(limit) is not int:
+        raise InvalidConfigurationError(
+            f"{plan.place(own['limit'])}: [evaluate] limit: a whole number is expected, found {limit!r}"
+        )
+    try:
+        check_benchmarks(names, _listed(values.get("benchmark_data", [])), limit)
+    except ToolkitError as error:
+        raise InvalidConfigurationError(f"{plan.path}: [evaluate] {error}") from error
+
+
+def _check_fuse(plan: Plan, configs: dict[str, Any]) -> None:
+    """Its settings, and whether what the stages before it leave can be fused; ``configs`` are theirs."""
+    from tools.fusing import GGUF_FILE, check_gguf
+    from tools.loading import is_quantized
+    from tools.pipeline import OWN
+
+    own = plan.stages["fuse"]
+    for name, one in own.items():
+        if name not in OWN["fuse"] | {"model_name"}:
+            raise InvalidConfigurationError(
+                f"{plan.place(one)}: [fuse] has no {name}; {', '.join(sorted(OWN['fuse']))} are expected"
+            )
+        if name in OWN["fuse"] and not isinstance(one.value, bool):
+            raise InvalidConfigurationError(
+                f"{plan.place(one)}: [fuse] {name}: true or false is expected, found {one.value!r}"
+            )
+    trained = [stage for stage in ("sft", "train") if stage in configs]
+    for stage in trained:
+        if configs[stage].soft_prompt_length != 0:
+            raise InvalidConfigurationError(
+                f"{plan.path}: [fuse] [{stage}] trains a soft prompt, which is no part of any weight, so there is "
+                "nothing to fuse; leave [fuse] out: generate, chat and train take the adapter by --adapter-path"
+            )
+    if "export_gguf" in own and own["export_gguf"].value:
+        first = configs[trained[0]]
+        packed = first.quantize_base is not None or is_quantized(first.model_name)
+        unpacked = "de_quantize" in own and own["de_quantize"].value
+        try:
+            check_gguf(first.model_name, GGUF_FILE, packed and not unpacked)
+        except ToolkitError as error:
+            raise InvalidConfigurationError(f"{plan.place(own['export_gguf'])}: [fuse] {error}") from error
 
 
 def _located(plan: Plan, stage: str, sentence: str) -> str:

@@ -28,8 +28,7 @@ SHORTEST_FILE = 30  # lines
 FEWEST_PAIRS = 10
 SPLITS = ("train", "valid", "test")
 
-_DATE = re.compile(r"^[A-Za-z]{3} \d{2}, \d{4}")
-_STAMP = re.compile(r"^[A-Za-z]{3} \d{2}, \d{4}\s+\d{1,2}:\d{2}:\d{2}\s*[AP]M\s*(?P<rest>.*)$")
+_STAMP = re.compile(r"^[A-Za-z]{3} \d{2}, \d{4}\s+\d{1,2}:\d{2}:\d{2}\s*(?:[AP]M)?\s*(?P<rest>.*)$")
 _NOTES = re.compile(
     r"^(This message responded to an earlier message\.|This message was deleted from the conversation!"
     r"|Sent with .{1,40}|Attachment missing!|Tapbacks:|Reactions:|Edited .{1,60} later:)$"
@@ -90,8 +89,7 @@ def read_messages(text: str) -> list[Message]:
     """
     messages = []
     for block in _blocks(text.removeprefix("\ufeff").splitlines()):
-        stamp = _STAMP.match(block[0])
-        rest = stamp["rest"] if stamp else ""
+        rest = _STAMP.sub(r"\g<rest>", block[0])
         if len(block) < 2 or (rest and not rest.startswith("(")):
             continue  # "… named the conversation …": an announcement has no sender's line
         words = [
@@ -104,10 +102,10 @@ def read_messages(text: str) -> list[Message]:
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
-    """The lines from one date to the next."""
+    """The lines from one date with its time to the next; somebody may write a date alone."""
     block: list[str] = []
     for line in lines:
-        if _DATE.match(line):
+        if _STAMP.match(line):
             if block:
                 yield block
             block = [line]

@@ -85,7 +85,11 @@ def read_folder(
     """
     if has_pickled_tokenizer(folder):
         tokenizer = load_pickled_tokenizer(folder / PICKLED)
-        model, settings = load_model(folder, lazy=lazy)
+        model, settings = load_model(folder, lazy=lazy, trust_remote_code=trusted)
+        ends = settings.get("eos_token_id")  # mlx-lm believes it before any tokenizer; what we save, it reads
+        if ends is not None:
+            ids = ends if isinstance(ends, list) else [ends]
+            tokenizer = TokenizerWrapper(tokenizer._tokenizer, eos_token_ids=ids)
         return model, tokenizer, settings
     model, tokenizer, settings = mlx_lm.load(  # type: ignore[misc]
         str(folder),

@@ -48,7 +48,7 @@ def fuse(
     if de_quantize and not packed:
         raise InvalidConfigurationError(f"--de-quantize: {name} is not quantised; leave it out")
     if gguf is not None:
-        _check_gguf(name, gguf, packed and not de_quantize)
+        check_gguf(name, gguf, packed and not de_quantize)
     with fresh_folder(path, "--save-path") as folder:
         base = read_model(name, trust_remote_code=trust_remote_code, embedded=embedded_of(source))
         kind = load_adapter(base.model, source).get("fine_tune_type", "lora")
@@ -91,7 +91,14 @@ def check_can_be_fused(folder: Path) -> None:
 # GGUF ----------------------------------------------------------------------------------------------------
 
 
-def _check_gguf(name: str, file: str, packed: bool) -> None:
+def check_gguf(name: str, file: str, packed: bool) -> None:
+    """Refuse a GGUF file that mlx-lm cannot write.
+
+    Args:
+        name: the base. file: to write beside the model. packed: whether the fused model stays quantised.
+    Raises:
+        InvalidConfigurationError: for another architecture, a quantised model, or a path.
+    """
     kind = None if name == EMBEDDED else read_config(name).get("model_type")
     if kind not in GGUF_TYPES:
         raise InvalidConfigurationError(

@@ -22,10 +22,11 @@ from base_setup.tokenizer_setup import end_token_ids
 from config.decoding_config import DecodingConfig
 from config.errors import InvalidConfigurationError
 from models.decoding import complete
-from models.sampling import Sampling, draw, sampling_weights, uniforms_for
+from models.sampling import FLOAT32_MAX, Sampling, draw, sampling_weights, uniforms_for
 from models.sft_model import LanguageModel, vocabulary_size
 
 ROWS = 64  # completions decoded side by side
+COLDEST = 1e-5  # logits divided by less can be infinite, and infinities have no order
 
 
 class Answer(NamedTuple):
@@ -46,16 +47,24 @@ class Piece(NamedTuple):
 
 
 def check_decoding(base: LanguageModel, how: DecodingConfig) -> None:
-    """Refuse a bias on tokens that the model has not.
+    """Refuse a bias on tokens that the model has not, and numbers whose results float32 does not hold.
 
     Raises:
-        InvalidConfigurationError: naming the token.
+        InvalidConfigurationError: naming the option and what was found.
     """
+    if 0 < how.temperature < COLDEST:
+        raise InvalidConfigurationError(
+            f"temperature: 0 (the likeliest token) or at least {COLDEST} is expected, found {how.temperature}"
+        )
     size = vocabulary_size(base.model, base.config)
-    for token in how.logit_bias or {}:
+    for token, bias in (how.logit_bias or {}).items():
         if not 0 <= token < size:
             raise InvalidConfigurationError(
                 f"logit_bias: token ids from 0 to {size - 1} are expected, found {token}"
+            )
+        if not bias <= FLOAT32_MAX:  # NaN too
+            raise InvalidConfigurationError(
+                f"logit_bias: a finite number or -inf is expected for token {token}, found {bias}"
             )
 
 

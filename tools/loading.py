@@ -181,6 +181,11 @@ def base_of(adapter: str) -> str:
         raise InvalidConfigurationError(
             f"--model: {folder} does not say what it was trained on; name its base model"
         )
+    if name != EMBEDDED and "/" not in name and not Path(name).expanduser().is_dir():
+        raise InvalidConfigurationError(
+            f'--model: {folder} was trained on the folder "{name}", which is not there, seen from {Path.cwd()}; name '
+            "its base model"
+        )
     return name
 
 

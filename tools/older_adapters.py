@@ -8,6 +8,7 @@ layers follow from the arrays; the scale is written nowhere, and its ``sft.py`` 
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -59,7 +60,10 @@ def convert_adapter(
         mx.save_safetensors(str(folder / WEIGHTS), stored)
         description = json.dumps({**described, "model": name}, indent=2)
         (folder / DESCRIPTION).write_text(description + "\n", encoding="utf-8")
-        load_adapter(share_weights(model), folder)
+        try:
+            load_adapter(share_weights(model), folder)
+        except CheckpointError as error:  # it names the folder that nothing is left of
+            raise CheckpointError(f"--adapter-file: {str(error).replace(str(folder), str(file))}") from error
     done = f"{path}: {described['fine_tune_type']} adapter with {len(stored)} arrays"
     if left:
         done += f"\nleft out: {', '.join(left)}; reward models and critics have files of their own"
@@ -75,17 +79,18 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise CheckpointError(f'--adapter-file: there is no file "{file}"')
     try:
-        with np.load(file, allow_pickle=False) as content:
+        with zipfile.ZipFile(file), np.load(file, allow_pickle=False) as content:
             arrays = {str(key): content[key] for key in content.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f'--adapter-file: "{file}" cannot be read ({str(error).splitlines()[0]}); an .npz file of plain arrays '
+            f'--adapter-file: "{file}" cannot be read ({reason}); an .npz file of plain arrays '
             "is expected, as mlx-rlhf's sft.py and ppo_training.py write"
         ) from error
     for key, array in arrays.items():
-        if array.dtype.kind != "f":
+        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise CheckpointError(
-                f"--adapter-file: {file}: {key} is of {array.dtype}, not of floating numbers"
+                f"--adapter-file: {file}: {key} is of {array.dtype}; floating numbers of 16 to 64 bits are expected"
             )
     if not arrays:
         raise CheckpointError(f"--adapter-file: {file} holds no arrays")
@@ -110,7 +115,7 @@ def _low_rank(
         stored[f"{match[1]}.{match[3]}"] = mx.array(array)
     if len(ranks) != 1:
         raise CheckpointError(f"--adapter-file: {file}: one rank is expected, found {sorted(ranks)}")
-    if not scale > 0:
+    if not 0 < scale < math.inf:
         raise InvalidConfigurationError(f"--lora-scale: a number above 0 is expected, found {scale}")
     parameters = {"rank": ranks.pop(), "scale": scale, "dropout": 0.0, "keys": sorted(paths)}
     return {"fine_tune_type": "lora", "num_layers": blocks, "lora_parameters": parameters}, stored

@@ -20,12 +20,22 @@ from typing import Any
 
 from base_setup.lora_setup import DESCRIPTION, WEIGHTS
 from checkpointing.resuming import LATEST
-from config.errors import InvalidConfigurationError
+from config.errors import CheckpointError, InvalidConfigurationError
 from config.files import Setting, read_settings
 from config.loader import STAGES as CONFIGS
 from config.options import options_of
 from models.sft_model import EMBEDDED
-from tools.stage_folders import begin, contents, inputs_hash, is_begun, is_complete, set_aside, stamp
+from monitoring.run_lock import RunLock, is_running
+from tools.stage_folders import (
+    begin,
+    contents,
+    inputs_hash,
+    inputs_of,
+    is_begun,
+    is_complete,
+    set_aside,
+    stamp,
+)
 
 STAGES = ("sft", "reward_model", "train", "evaluate", "fuse")
 #: Those that have checkpoints: interrupted, they go on. The others begin anew.
@@ -34,7 +44,7 @@ SHARED = "pipeline"
 #: Options of the stages that have no config class.
 OWN = {"evaluate": {"benchmark", "benchmark_data", "limit"}, "fuse": {"de_quantize", "export_gguf"}}
 #: Options that name files: a stage is done again when what is in them changes.
-FILES = ("train_path", "val_path", "adapter_path", "model_name", "benchmark_data")
+FILES = ("train_path", "val_path", "adapter_path", "reference_path", "model_name")
 #: Options on which no result depends: a stage is done, or goes on, whatever they are now.
 HOW = frozenset(
     {
@@ -123,7 +133,19 @@ def run_pipeline(
 
     Args:
         run_stage: does the work of one stage. only: stop after this stage.
+    Raises:
+        CheckpointError: another pipeline, or another run of a stage, is at work in these folders.
     """
+    plan.output_dir.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(plan.output_dir)
+    lock.acquire()
+    try:
+        _run_stages(plan, run_stage, only, say)
+    finally:
+        lock.release()
+
+
+def _run_stages(plan: Plan, run_stage: Runner, only: str | None, say: Callable[[str], None]) -> None:
     for number, stage in enumerate(plan.stages, start=1):
         folder = plan.output_dir / stage
         settings = list(settings_of(plan, stage))
@@ -136,6 +158,10 @@ def run_pipeline(
                 say(f"{title}: interrupted, goes on in {folder}")
                 settings.append(Setting((stage,), "resume", LATEST, None))
             else:
+                if is_running(folder):  # it would go on writing, into what is made anew here
+                    raise CheckpointError(
+                        f'"{folder}" is in use by a run that is still going; wait for it, or stop it'
+                    )
                 old = set_aside(folder)
                 say(title + (f" (what was in {folder} is in {old} now)" if old is not None else ""))
                 if stage in RESUMED:
@@ -167,11 +193,8 @@ def _derived(plan: Plan, stage: str) -> Iterator[tuple[str, Setting]]:
     if stage == "train" and "reward_model" in plan.stages and "rewards" not in plan.stages["train"]:
         yield made("rewards", [f"learned:{plan.output_dir / 'reward_model' / 'final'}"])
     if stage in ("evaluate", "fuse"):
-        last = plan.output_dir / before[-1]
-        yield made("checkpoint", str(last))
-        if before[-1] == "train" and "sft" in before:
-            found = _weights(plan, "sft")
-            yield made("model_name", found["model_name"])
+        yield made("checkpoint", str(plan.output_dir / before[-1]))
+        yield made("model_name", _base(plan, before[-1]))
 
 
 def _weights(plan: Plan, stage: str) -> dict[str, str]:
@@ -179,21 +202,29 @@ def _weights(plan: Plan, stage: str) -> dict[str, str]:
     folder = plan.output_dir / stage
     if (folder / "model").is_dir():
         return {"model_name": str(folder / "model")}
-    base = folder / "final" / "base"  # of a model that has no folder of its own
-    named = plan.stages[stage].get("model_name") or plan.shared.get("model_name")
-    name = str(base) if base.is_dir() else str(named.value if named is not None else EMBEDDED)
-    return {"model_name": name, "adapter_path": str(folder / "final")}
+    return {"model_name": _base(plan, stage), "adapter_path": str(folder / "final")}
+
+
+def _base(plan: Plan, stage: str) -> str:
+    """The model that the adapter of a finished stage was trained on."""
+    base = plan.output_dir / stage / "final" / "base"  # quantised or grown on loading, or made on the spot
+    if base.is_dir():
+        return str(base)
+    named = plan.stages[stage].get("model_name")
+    if named is None and stage == "train" and "sft" in plan.stages:
+        return _weights(plan, "sft")["model_name"]
+    named = named or plan.shared.get("model_name")
+    return str(named.value) if named is not None else EMBEDDED
 
 
 def _inputs(settings: list[Setting]) -> dict[str, Any]:
     """Settings by name, those that name files with what is in them."""
     inputs: dict[str, Any] = {one.name: one.value for one in settings if one.name not in HOW}
     files = {name: contents(inputs[name]) for name in FILES if isinstance(inputs.get(name), str)}
-    learned = [
-        contents(name.removeprefix("learned:"))
-        for name in _texts(inputs.get("rewards"))
-        if name.startswith("learned:")
+    files["benchmark_data"] = [
+        contents(one.partition("=")[2]) for one in _texts(inputs.get("benchmark_data"))
     ]
+    rewards = [_reward_contents(name) for name in _texts(inputs.get("rewards"))]
     checkpoint = inputs.get("checkpoint")
     if isinstance(checkpoint, str):
         weights = [
@@ -201,8 +232,17 @@ def _inputs(settings: list[Setting]) -> dict[str, Any]:
             Path(checkpoint) / "final" / DESCRIPTION,
             Path(checkpoint) / "model",
         ]
-        files["checkpoint"] = [contents(one) for one in weights]
-    return {"settings": inputs, "files": files, "learned": learned}
+        # Evaluation goes by the rewards that the run wrote down, so the weights alone are not all it is made from.
+        files["checkpoint"] = [inputs_of(Path(checkpoint)), *(contents(one) for one in weights)]
+    return {"settings": inputs, "files": files, "rewards": rewards}
+
+
+def _reward_contents(name: str) -> Any:
+    """What is in the folder or the Python file that a reward is read from; its name for one of the package."""
+    if name.startswith("learned:"):
+        return contents(name.removeprefix("learned:"))
+    file, colon, _ = name.rpartition(":")
+    return contents(file) if colon and file.endswith(".py") else name
 
 
 def _texts(value: Any) -> list[str]:

@@ -54,7 +54,7 @@ def make_preferences(rows: Sequence[Any], sample: Sampler, output: Path) -> Made
     Raises:
         DataLoadError: ``output`` is the file of something else.
     """
-    done = _rows_in(output)
+    done = _rows_in(output, rows)
     missing = [number for number in range(len(rows)) if number not in done]
     written = equal = 0
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -84,24 +84,39 @@ def _pairs(number: int, row: Any, texts: Sequence[str]) -> tuple[list[str], int]
     return lines, len(texts) - len(lines)
 
 
-def _rows_in(output: Path) -> set[int]:
+def _rows_in(output: Path, rows: Sequence[Any]) -> set[int]:
     """Which rows a file of an earlier run has; an unfinished last line is cut off."""
     if not output.exists():
         return set()
     done: set[int] = set()
-    text = output.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
+    content = output.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    # Not splitlines of a text: that parts a line at U+2028, too, which JSON may hold as it is.
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
-            done.add(int(json.loads(line)["row"]))
+            pair = json.loads(line)
+            row = int(pair["row"])
+            known = (pair["prompt"], pair["chosen"])
         except (ValueError, KeyError, TypeError):
             raise DataLoadError(
                 f"{output}:{number}: this line is not of an earlier make-preferences, so nothing is added to the file; "
                 "name another one"
             ) from None
-    if complete != text:
-        output.write_text(complete, encoding="utf-8")
+        if row < len(rows) and known != _as_written(row, rows[row]):
+            raise DataLoadError(
+                f"{output}:{number}: this line was made from other data, whose row {row} is another one; name another "
+                "--output"
+            )
+        done.add(row)
+    if complete != content:
+        output.write_bytes(complete)
     return done
+
+
+def _as_written(number: int, row: Any) -> tuple[Any, str]:
+    """Prompt and demonstration as a line of the file gives them back."""
+    pair = json.loads(to_json({"prompt": row["prompt"], "chosen": row["completion"]}, f"row {number}"))
+    return pair["prompt"], pair["chosen"]
 
 
 def demonstrations(path: str, limit: int | None) -> list[Any]:

@@ -7,6 +7,7 @@ under another name, and the stage begins anew.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import CheckpointError
+from data_loading.token_files import prefix_of
 
 STAMP = "stage.json"
 _BLOCK = 1 << 22
@@ -32,8 +34,12 @@ def file_hash(path: Path) -> str:
 
 
 def contents(path: str | Path) -> Any:
-    """What a file or a folder holds, as hashes by name; the name itself where there is neither."""
+    """What a file, a folder or the token files of a prefix hold, as hashes by name; else the name itself."""
     above = Path(path).expanduser()
+    prefix = prefix_of(above)
+    if prefix is not None:
+        beside = Path(prefix).parent.glob(glob.escape(Path(prefix).name) + "_*")
+        return {file.name: file_hash(file) for file in sorted(beside) if file.is_file()}
     if above.is_file():
         return file_hash(above)
     if above.is_dir():
@@ -69,6 +75,14 @@ def is_begun(folder: Path, inputs: str) -> bool:
         return bool(stamp["inputs"] == inputs) and "outputs" not in stamp
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def inputs_of(folder: Path) -> Any:
+    """What the stage in ``folder`` was made from, as its stamp has it; None where it has none."""
+    try:
+        return json.loads((folder / STAMP).read_text(encoding="utf-8"))["inputs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def begin(folder: Path, inputs: str) -> None:

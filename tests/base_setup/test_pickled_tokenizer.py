@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -16,9 +17,10 @@ import pytest
 
 import main
 from base_setup.pickled_tokenizer import load_pickled_tokenizer
-from base_setup.tokenizer_setup import encode, encode_prompt
+from base_setup.tokenizer_setup import encode, encode_prompt, end_token_ids
 from config.errors import ModelLoadError
 from config.ppo_config import PPOConfig
+from config.training_config import TrainingConfig
 from models.sft_model import load_language_model, save_language_model
 from ppo_trainer.ppo_trainer import PPOTrainer
 
@@ -161,6 +163,18 @@ def test_a_model_with_one_trains(folder: Path, make_config: Callable[..., Any], 
     )
     trainer = PPOTrainer(config, reward_model=lambda completions, **_: [float(len(c)) for c in completions])
     assert trainer.train(["hello world"], num_epochs=2)["objective/kl"] != 0
+
+
+def test_an_answer_ends_where_the_config_says_here_and_where_it_is_saved(
+    folder: Path, tmp_path: Path
+) -> None:
+    """``<|user|>``, 265, beside the tokenizer's own 264: as mlx-lm has it for every other tokenizer."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 265}))
+    base = load_language_model(TrainingConfig(model_name=str(folder)))
+    assert end_token_ids(base.tokenizer) == {264, 265}
+    save_language_model(base, tmp_path / "saved")
+    assert set(mlx_lm.load(str(tmp_path / "saved"))[1].eos_token_ids) == {264, 265}
 
 
 def test_every_command_takes_one(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,21 @@ def test_all_stages_then_none_then_those_that_changed(workplace: Path, command: 
         ("[fuse]", "[fuze]\nx = 1", "x stands under [fuze], and one of [pipeline], [sft]"),
         ("[fuse]", "[fuse]\nbits = 4", "[fuse] has no bits"),
         ('train_path = "prompts.jsonl"', 'output_dir = "x"', "output_dir is the pipeline's own"),
+        ("[fuse]", 'limit = "all"\n[fuse]', "pipeline.toml:24: [evaluate] limit: a whole number is expected"),
+        ("[fuse]", 'benchmark = "gsm9k"\n[fuse]', "perplexity is expected, found 'gsm9k'"),
+        ("[fuse]", 'benchmark = "gsm8k"\n[fuse]', "[evaluate] --benchmark gsm8k: its rows are read from"),
+        ("[fuse]", '[fuse]\nde_quantize = "yes"', "[fuse] de_quantize: true or false is expected"),
+        (
+            "[fuse]",
+            "[fuse]\nexport_gguf = true",
+            "pipeline.toml:25: [fuse] --export-gguf: mlx-lm writes GGUF for",
+        ),
+        (
+            '"prompts.jsonl"',
+            '"prompt.jsonl"',
+            '[train] train_path: there is no file or folder "prompt.jsonl"',
+        ),
+        ("[train]", "[train]\nsoft_prompt_tokens = 2", "[fuse] [train] trains a soft prompt"),
     ],
 )
 def test_a_mistake_is_said_before_anything_runs(

@@ -60,6 +60,11 @@ def test_words_are_read_and_all_else_is_not() -> None:
     ]
 
 
+def test_a_date_that_somebody_wrote_is_a_word_of_theirs() -> None:
+    text = "May 17, 2022  5:29:42 PM\nMe\nabout that day:\nMay 18, 2022 was great\nwasn't it\n"
+    assert read_messages(text) == [Message("Me", "about that day:\nMay 18, 2022 was great\nwasn't it")]
+
+
 def test_pairs_are_runs_and_begin_with_the_other() -> None:
     said = [Message(sender, text) for sender, text in ("Ma", "xb", "xc", "Md", "Me", "xf")]
     assert pairs_of(said, me="M") == [Pair("b\nc", "d\ne")]

@@ -74,6 +74,19 @@ def test_mlx_lms_further_samplers_do_something(tiny: LanguageModel) -> None:
         generate(tiny, [PROMPTS[0]], DecodingConfig(logit_bias={9999: 1.0}))
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"temperature": 1e-40}, "temperature: 0 .* or at least 1e-05 is expected, found 1e-40"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias: a finite number or -inf is expected for token 3"),
+        ({"logit_bias": {3: 1e39}}, "logit_bias: a finite number or -inf is expected for token 3"),
+    ],
+)
+def test_what_float32_does_not_hold_is_refused(tiny: LanguageModel, options: dict, sentence: str) -> None:
+    with pytest.raises(InvalidConfigurationError, match=sentence):
+        generate(tiny, [PROMPTS[0]], DecodingConfig(max_tokens=2, **options))
+
+
 def test_what_may_begin_a_stop_waits() -> None:
     reply = UntilStop(("User:", "</s>"))
     assert [reply.add(one) for one in ("Hi U", "se", "s it. Us", "er", ": x")] == [

@@ -99,7 +99,7 @@ def test_what_is_no_such_file_is_refused_and_nothing_in_it_runs(base: str, tmp_p
     np.savez(file, x=np.array([_Runs(marker)], dtype=object))
     refused("cannot be read .* an .npz file of plain arrays is expected")
     np.savez(file, x=np.arange(3))
-    refused("x is of int64, not of floating numbers")
+    refused("x is of int64; floating numbers")
     np.savez(file, **{"model.norm.weight": np.zeros((3, 3), np.float32)})
     refused(r"model.norm.weight \(3, 3\) is no part of an adapter that mlx-rlhf writes")
     a, b = np.zeros((32, 3), np.float32), np.zeros((4, 32), np.float32)

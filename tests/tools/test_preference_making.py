@@ -59,6 +59,21 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
         make_preferences(ROWS, sample, tmp_path / "other.jsonl")
 
 
+def test_a_file_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
+    """Lines end at line feeds: JSON may hold U+2028 and U+0085, which Python takes for ends of lines, too."""
+    path = tmp_path / "out.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": "a\u2028b"}], "completion": "x\x85y"}]
+    make_preferences(rows, lambda asked: [["no\u2029"]], path)
+    assert make_preferences([*rows, ROWS[0]], lambda asked: [["x"]], path) == (1, 1, 0)
+    before = path.read_bytes()
+    with pytest.raises(DataLoadError, match=r"out\.jsonl:1: this line was made from other data, whose row 0"):
+        make_preferences(ROWS, lambda asked: [["x"]] * len(asked), path)
+    assert path.read_bytes() == before
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(DataLoadError, match=r"out\.jsonl:1: this line is not of an earlier"):
+        make_preferences(ROWS, lambda asked: [["x"]] * len(asked), path)
+
+
 def test_a_model_here(tiny: LanguageModel, tmp_path: Path) -> None:
     how = DecodingConfig(max_tokens=5, temperature=1.0, seed=2)
     made = make_preferences(ROWS, from_model(tiny, how, 2, 100), tmp_path / "a.jsonl")

@@ -207,8 +207,26 @@ def test_a_conversation_with_its_cache_says_what_one_without_does(rows: int, pen
         plain._cached = []
         assert list(cached.say(text)) == list(plain.say(text))
         assert cached._cache[0].offset == rows + len(cached._cached)
+        assert cached._columns_of_tokens() == len(cached._cached)
     # An exchange taken back: what the cache shares with the new prompt stays, the vectors among it.
     cached.messages, plain.messages, plain._cached = cached.messages[:2], plain.messages[:2], []
     before = cached._cache
     assert list(cached.say("other")) == list(plain.say("other"))
     assert cached._cache is before
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_penalties_see_what_the_cache_holds(tiny: LanguageModel, rows: int) -> None:
+    # "q" is said in the first message alone, which the second turn reads from the cache, and is likely otherwise.
+    base = led_by(tiny, [7, 3, 11][:rows]) if rows else tiny
+    [letter] = base.tokenizer.encode("q")
+    for penalty, is_drawn in ((1e4, False), (0.0, True)):
+        options: dict[str, Any] = {"logit_bias": {letter: 100.0}, "penalty_context": 200}
+        how = DecodingConfig(max_tokens=3, temperature=0, presence_penalty=penalty, **options)
+        talk = Conversation(base, how)
+        list(talk.say("qqq"))
+        talk.messages[-1]["content"] = "no"
+        asked, _ = talk._fitting([*talk.messages, {"role": "user", "content": "two"}])
+        list(talk.say("two"))
+        assert talk._cached[: len(asked)] == asked
+        assert (letter in talk._cached[len(asked) :]) == is_drawn
