@@ -131,12 +131,14 @@ def test_an_entropy_bonus_makes_a_bandit_the_softmax_of_its_scores(tmp_path: Pat
     np.testing.assert_allclose(bandit.probabilities(trainer), best / best.sum(), atol=0.02)
 
 
-def test_only_the_tokens_of_highest_entropy_teach(tmp_path: Path) -> None:
-    """c is the most uncertain letter, then a, then b, then d; five of the thirteen tokens follow c or a."""
+@pytest.mark.parametrize(("uncertain", "count"), [("c", 3), ("ca", 9)])
+def test_only_the_tokens_of_highest_entropy_teach(tmp_path: Path, uncertain: str, count: int) -> None:
+    """c is the most uncertain letter, then a, then b, then d; of the thirteen tokens three follow c, and six a."""
     order = sorted({x for _, x, _ in tokens()}, key=entropy, reverse=True)
     assert order == ["c", "a", "b", "d"]
-    forks = [x in "ca" for _, x, _ in tokens()]
-    quantile = sum(forks) / N
+    forks = [x in uncertain for _, x, _ in tokens()]
+    assert sum(forks) == count
+    quantile = count / N
     trainer, experience = make(tmp_path, top_entropy_quantile=quantile)
     chosen = [a if fork else 0.0 for a, fork in zip(advantages(), forks, strict=True)]
     np.testing.assert_allclose(gradient(trainer, experience), expected(chosen, FIXED), atol=1e-6)
