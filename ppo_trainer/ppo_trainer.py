@@ -586,8 +586,13 @@ def _check_folders(config: PPOConfig, algorithm: Algorithm, *, model_is_given: b
 
 
 def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
-    """Refuse a bias for a token that the model does not have."""
-    for token in config.logit_bias or {}:
+    """Refuse a bias for a token that the model does not have, and one that leaves none to draw."""
+    bias = config.logit_bias or {}
+    if sum(amount == -math.inf for amount in bias.values()) >= vocabulary:
+        raise InvalidConfigurationError(
+            f"logit_bias: all of the model's {vocabulary} tokens are forbidden (-inf); leave at least one to draw"
+        )
+    for token in bias:
         if token >= vocabulary:
             raise InvalidConfigurationError(
                 f"logit_bias: token {token} is not in the model's vocabulary of {vocabulary} tokens"

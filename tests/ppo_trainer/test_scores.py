@@ -251,6 +251,11 @@ def test_a_batch_without_any_score_leaves_moments_and_kl_coefficient_alone(tmp_p
     assert trainer.kl_controller.value > 0.2
 
 
+def test_the_share_of_rows_in_groups_of_one_score(tmp_path: Path) -> None:
+    for scores, share in (([1.0] * 4 + RAW[4:], 4 / 8), ([2.0, None, 2.0, 2.0, *RAW[4:]], 3 / 7), (RAW, 0.0)):
+        assert make(tmp_path, scores)[1]["frac_reward_zero_std"] == pytest.approx(share)
+
+
 def test_the_first_scores_are_not_divided_as_long_as_they_are_equal(tmp_path: Path) -> None:
     for mode, mean in (("std", 0.7), ("norm", 0.0)):
         experience, metrics, _ = make(tmp_path, [0.7] * 8, score_scaling=mode)
@@ -317,7 +322,9 @@ def test_in_gdpo_a_row_on_which_a_reward_failed_is_nobodys_measure(tmp_path: Pat
     first, second = [9.0, 3.0, 2.0, 6.0, -9.0, 0.0, 0.5, 2.5], [0.0, 1, 0, 2, 5, 0, 3, 1]
 
     def failing(completions: Sequence[str], **columns: Any) -> list[float]:
-        return [float("nan") if row in (0, 4) else score for row, score in enumerate(second)][: len(completions)]
+        return [float("nan") if row in (0, 4) else score for row, score in enumerate(second)][
+            : len(completions)
+        ]
 
     trainer = PPOTrainer(
         PPOConfig(

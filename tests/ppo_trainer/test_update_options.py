@@ -510,8 +510,25 @@ def test_the_controller_hears_the_kl_of_a_step_in_its_unit(
     metrics = trainer.update(experience) | made
     assert metrics["objective/kl"] == pytest.approx(sum(log_ratios()) / 6, rel=1e-4)
     assert metrics["objective/kl_per_token"] == pytest.approx(sum(log_ratios()) / N, rel=1e-4)
+    k3 = float(np.mean([np.exp(-d) - 1 + d for d in log_ratios()]))
+    assert metrics["kl"] == pytest.approx(
+        k3, rel=1e-4
+    )  # whatever the estimator is, and wherever it is placed
+    terms = {"k3": k3, "full": float(np.mean([exact_kl(x) for _, x, _ in tokens()]))}
+    in_loss = {"loss/kl_avg": terms[estimator]} if estimator in terms else {}
+    assert {n: x for n, x in metrics.items() if n == "loss/kl_avg"} == pytest.approx(in_loss, rel=1e-4)
     trainer._adapt_kl(metrics, 6)
     assert trainer.kl_controller.value == pytest.approx(0.2 * (1 + 0.1 * 6 / 60), rel=1e-5)
+
+
+def test_the_kl_of_an_evaluation_is_that_of_whole_answers(tmp_path: Path) -> None:
+    trainer, _, _ = from_another_reference(tmp_path)
+    found = trainer.evaluate(["a", "b", "c"])
+    answers = [(before, record["completion"]) for before, record in zip("abc", found["samples"], strict=True)]
+    pairs = [pair for before, text in answers for pair in zip(before + text[:-1], text, strict=True)]
+    assert len(pairs) == 3 * 4
+    total = sum(logprob(x, y) - float(np.log(colder(x)[LETTERS.index(y)])) for x, y in pairs)
+    assert found["objective/kl"] == pytest.approx(total / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -637,3 +654,13 @@ def test_what_the_correction_and_the_mask_leave_out_stays_in_the_denominator(
 def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfigurationError, match="logit_bias: token 99999 is not in the model's"):
         make(tmp_path, logit_bias={99999: 1.0}, importance_correction="token_truncate")
+
+
+def test_a_bias_that_forbids_every_token_is_refused_before_training(tmp_path: Path) -> None:
+    size = table_model(TABLE, LETTERS).config["vocab_size"]
+    with pytest.raises(InvalidConfigurationError, match=f"logit_bias: all of the model's {size} tokens"):
+        make(
+            tmp_path,
+            logit_bias=dict.fromkeys(range(size), -np.inf),
+            importance_correction="token_truncate",
+        )
