@@ -70,8 +70,12 @@ class ExperienceBuffer:
 
     def _minibatch(self, rows: np.ndarray) -> Minibatch:
         counts = int((self._lengths[rows] > 0).sum()), int(self._lengths[rows].sum())
-        # One row stays where none teaches: its gradient of exactly 0 is still a step, in which momentum acts.
-        computed = rows[self._teaches[rows]] if self._teaches[rows].any() else rows[:1]
+        computed = rows[self._teaches[rows]]
+        if not len(computed):
+            # One row stays: its gradient of exactly 0 is still a step, in which momentum acts. One that has tokens, or
+            # entropy and ratio would be those of nothing.
+            sampled = rows[self._lengths[rows] > 0]
+            computed = (sampled if len(sampled) else rows)[:1]
         parts = list(self._micro_batches(computed))
         if len(parts) == 1 and len(computed) == self.experience.size:
             # The very arrays that the reference saw, in the same order, to the last bit.

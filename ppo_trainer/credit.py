@@ -83,12 +83,15 @@ def from_each_reward(batch: Scored, config: PPOConfig) -> Credit:
     """Each reward normalised in its group by itself, then their weighted sum over the whole batch."""
     assert batch.components is not None
     assert batch.weights is not None
-    *_, added = mx.split(batch.components, batch.components.shape[1], axis=1)
+    # A row without a score, since one of its rewards failed, is nobody's measure in the others either.
+    unscored = mx.isnan(batch.outcomes)[:, None]
+    components = mx.where(unscored, mx.nan, batch.components)  # (B, K + 1)
+    added = components[:, -1]
     # What was added to their sum has a size of its own (kl_coef, a penalty): it is centred and not divided.
-    total = batch.weights[-1] * group_advantages(added[:, 0], batch.group_ids, scale="none")  # (B,)
-    for k in range(batch.components.shape[1] - 1):
+    total = batch.weights[-1] * group_advantages(added, batch.group_ids, scale="none")  # (B,)
+    for k in range(components.shape[1] - 1):
         own = group_advantages(
-            batch.components[:, k], batch.group_ids, scale=config.scale_rewards, eps=config.advantage_epsilon
+            components[:, k], batch.group_ids, scale=config.scale_rewards, eps=config.advantage_epsilon
         )
         total = total + batch.weights[k] * own
     applies = mx.where(mx.isnan(batch.outcomes), mx.nan, total)

@@ -36,7 +36,7 @@ def collect_live_groups(
     wanted = len(prompts)
     live: list[tuple[list[Rollout], ScoredBatch]] = []
     first: tuple[list[Rollout], ScoredBatch] | None = None
-    sampled, batches, members = 0, 0, dict[int, int]()
+    sampled, batches, failed, members = 0, 0, 0, dict[int, int]()
     waiting, further = list(prompts), _again_and_again(reserve, {p.index for p in prompts})
     taken: set[int] = set()
     while waiting and batches < config.dynamic_sampling_max_batches:
@@ -45,6 +45,7 @@ def collect_live_groups(
             rollouts += generate(same, offset)
         scored = score(rollouts)
         first = first or (rollouts, scored)
+        failed += 0 if scored.failed is None else int(scored.failed.sum())
         for start in range(0, len(rollouts), config.group_size):
             rows = range(start, start + config.group_size)
             if _is_live(scored, rows, config.dynamic_sampling_reward) and len(live) < wanted:
@@ -59,6 +60,8 @@ def collect_live_groups(
         "dynamic_sampling/acceptance_rate": len(live) / sampled,
         "dynamic_sampling/sampled_groups": float(sampled),
         "dynamic_sampling/live_groups": float(len(live)),
+        # Of all that was sampled: a group on which a reward fails is dead, and would take its failures with it.
+        "reward_errors": float(failed),
     }
     assert first is not None
     if not live:
@@ -78,8 +81,10 @@ def check_outcome_reward(config: PPOConfig, names: Sequence[str]) -> None:
 
 def _is_live(scored: ScoredBatch, rows: range, component: str | None) -> bool:
     """Whether at least two scorable completions of the group have different outcomes."""
-    outcomes = (scored.total if component is None else scored.components[component])[list(rows)]
-    scorable = outcomes[~np.isnan(outcomes)]
+    group = list(rows)
+    outcomes = (scored.total if component is None else scored.components[component])[group]
+    # A row without a total has no score, whatever one of its rewards said: another one failed there.
+    scorable = outcomes[~np.isnan(outcomes) & ~np.isnan(scored.total[group])]
     return bool(scorable.size and scorable.max() - scorable.min() > 1e-8)
 
 

@@ -7,6 +7,7 @@ metrics    = update(experience)          epochs of minibatches through the algor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator as Iteration
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -298,7 +299,7 @@ class PPOTrainer:
 
     def score(self, rollouts: Sequence[Rollout]) -> ScoredBatch:
         """What the rewards say about each rollout."""
-        scorer, self.rewards.state.global_step = self._group_scorer, self.step
+        scorer = self._group_scorer
         return score_rollouts(self.rewards, rollouts) if scorer is None else scorer.score(rollouts)
 
     def make_experience(
@@ -360,6 +361,7 @@ class PPOTrainer:
 
     def _begin_step(self) -> None:
         self.step += 1
+        self.rewards.state.global_step = self.step  # before sampling: groups may be scored meanwhile
         self.rollout_policy.before_rollouts(self.step)
 
     def _sample(self, prompts: Sequence[Prompt], first_member: int = 0) -> list[Rollout]:
@@ -405,7 +407,8 @@ class PPOTrainer:
     def _adapt_kl(self, metrics: Mapping[str, float], n_samples: int) -> None:
         """Move the coefficient, now that this batch has used the old one."""
         key = "objective/kl" if self.config.kl_unit == "sequence" else "objective/kl_per_token"
-        if key in metrics:
+        # What is not finite belongs to an update that was skipped (max_skipped_steps); nothing can be steered by it.
+        if math.isfinite(metrics.get(key, math.nan)):
             self.kl_controller.update(metrics[key], n_samples)
 
     def _refresh_reference(self) -> None:
@@ -584,8 +587,13 @@ def _check_folders(config: PPOConfig, algorithm: Algorithm, *, model_is_given: b
 
 
 def _check_biased_tokens(config: PPOConfig, vocabulary: int) -> None:
-    """Refuse a bias for a token that the model does not have."""
-    for token in config.logit_bias or {}:
+    """Refuse a bias for a token that the model does not have, and one that leaves none to draw."""
+    bias = config.logit_bias or {}
+    if sum(amount == -math.inf for amount in bias.values()) >= vocabulary:
+        raise InvalidConfigurationError(
+            f"logit_bias: all of the model's {vocabulary} tokens are forbidden (-inf); leave at least one to draw"
+        )
+    for token in bias:
         if token >= vocabulary:
             raise InvalidConfigurationError(
                 f"logit_bias: token {token} is not in the model's vocabulary of {vocabulary} tokens"

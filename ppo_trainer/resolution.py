@@ -120,6 +120,11 @@ def _check_scores(config: PPOConfig, algorithm: Algorithm) -> None:
                 f"{name}: {algorithm.name} normalises each reward by itself, so the scale of their sum is not used; "
                 "leave it out, or scale or limit the reward itself"
             )
+    if algorithm.weighs_rewards_apart and config.missing_end_penalty and config.missing_end_mode == "replace":
+        raise InvalidConfigurationError(
+            f"missing_end_mode: {algorithm.name} normalises each reward by itself, and what replaces their sum would "
+            'not be on that scale; use "subtract"'
+        )
     if config.whiten_rewards and algorithm.needs_groups:
         raise InvalidConfigurationError(
             f"whiten_rewards: it scales rewards per token, and {algorithm.name} compares whole completions; leave it "

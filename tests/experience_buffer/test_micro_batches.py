@@ -166,6 +166,15 @@ def test_of_a_minibatch_in_which_nothing_teaches_one_row_stays() -> None:
     assert [m.micro_batches[0].size for m in alone] == [1, 1, 1]
 
 
+def test_the_row_that_stays_has_tokens_to_measure() -> None:
+    """Else entropy and ratio would be those of no token: 0, and infinite at the extremes."""
+    whole = experience([GROUP], unscored=[0, 1])
+    (minibatch,) = ExperienceBuffer(whole, teaches=np.zeros(3, dtype=bool)).minibatches(0)
+    assert dealt(minibatch) == [[2]]
+    (empty,) = ExperienceBuffer(experience([GROUP], unscored=[0, 1, 2])).minibatches(0)
+    assert empty.n_tokens == 0
+
+
 LETTERS = "abcdefgh"
 
 

@@ -56,7 +56,24 @@ def test_live_groups_stay_and_dead_ones_are_replaced_by_prompts_that_were_not_us
         "dynamic_sampling/acceptance_rate": 3 / 5,
         "dynamic_sampling/sampled_groups": 5.0,
         "dynamic_sampling/live_groups": 3.0,
+        "reward_errors": 0.0,
     }
+
+
+def test_rows_on_which_a_reward_failed_are_counted_wherever_they_went_and_make_no_group_live() -> None:
+    """One of three groups fails throughout and is replaced; the judge alone would call it live."""
+
+    def score(rollouts: Sequence[Rollout]) -> ScoredBatch:
+        failed = np.array([r.prompt.index == 1 for r in rollouts])
+        judged = np.array([float(r.member % 2) for r in rollouts], dtype=np.float32)
+        return ScoredBatch(np.where(failed, np.nan, judged), {"right": judged}, failed)
+
+    for judge in (None, "right"):
+        config = CONFIG.replace(dynamic_sampling_reward=judge)
+        rollouts, scored, metrics = collect_live_groups(PROMPTS[:3], PROMPTS, generate, score, config)
+        assert [r.prompt.index for r in rollouts] == [0, 0, 2, 2, 3, 3]
+        assert not np.isnan(scored.total).any()
+        assert metrics["reward_errors"] == 2.0
 
 
 def test_a_prompt_that_comes_again_gets_other_random_numbers_and_its_group_stays_one() -> None:
@@ -238,6 +255,7 @@ def test_live_groups_stay_in_order_and_dead_ones_give_way_to_the_reserve() -> No
         "dynamic_sampling/acceptance_rate": 4 / 8,
         "dynamic_sampling/sampled_groups": 8.0,
         "dynamic_sampling/live_groups": 4.0,
+        "reward_errors": 0.0,
     }
 
 

@@ -60,6 +60,20 @@ def test_weights_and_scores_are_those_of_a_batch_scored_at_its_end(tmp_path: Pat
         assert np.array_equal(array, others[name]), name
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_reward_is_told_the_step_that_it_scores(tmp_path: Path, early: bool) -> None:
+    told: list[int] = []
+
+    def reward(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        told.extend([trainer_state.global_step] * len(completions))
+        return vowels([], completions)
+
+    PPOTrainer(
+        settings(tmp_path, score_while_decoding=early, batch_size=2, max_new_tokens=2), reward_model=reward
+    ).train(PROMPTS, num_epochs=1)
+    assert told == [1] * 8 + [2] * 8
+
+
 @pytest.mark.parametrize("options", [{}, {"dynamic_sampling": True}])
 def test_a_group_is_scored_before_the_last_one_is_decoded(tmp_path: Path, options: dict[str, Any]) -> None:
     trainer = PPOTrainer(

@@ -110,6 +110,7 @@ def test_a_target_needs_a_kl_to_steer() -> None:
         ("grpo", {"dual_clip": 0.5}, "dual_clip"),
         ("dapo", {"delta": 1.25}, "delta"),
         ("ppo", {"dynamic_sampling": True}, "group_size"),
+        ("gdpo", {"missing_end_penalty": 1.0, "missing_end_mode": "replace"}, "missing_end_mode"),
         ("grpo", {"reference_sync_every": 2, "reference": "base"}, "reference_sync_every"),
         ("grpo", {"reference_sync_every": 2, "reference_path": "x"}, "reference_sync_every"),
     ],

@@ -245,6 +245,15 @@ def test_a_batch_without_any_score_leaves_moments_and_kl_coefficient_alone(tmp_p
     assert trainer._maker.shaper.moments.count == 0
     trainer._adapt_kl(metrics, 8)
     assert trainer.kl_controller.value == 0.2
+    trainer._adapt_kl({"objective/kl": float("nan")}, 8)  # of an update that was skipped: the run goes on
+    assert trainer.kl_controller.value == 0.2
+    trainer._adapt_kl({"objective/kl": 30.0}, 8)
+    assert trainer.kl_controller.value > 0.2
+
+
+def test_the_share_of_rows_in_groups_of_one_score(tmp_path: Path) -> None:
+    for scores, share in (([1.0] * 4 + RAW[4:], 4 / 8), ([2.0, None, 2.0, 2.0, *RAW[4:]], 3 / 7), (RAW, 0.0)):
+        assert make(tmp_path, scores)[1]["frac_reward_zero_std"] == pytest.approx(share)
 
 
 def test_the_first_scores_are_not_divided_as_long_as_they_are_equal(tmp_path: Path) -> None:
@@ -306,6 +315,40 @@ def test_in_gdpo_a_small_penalty_weighs_little(tmp_path: Path) -> None:
     ]
     assert np.abs(found[1] - found[0]).max() < 0.1
     assert np.abs(found[2] - found[0]).max() > 0.3
+
+
+def test_in_gdpo_a_row_on_which_a_reward_failed_is_nobodys_measure(tmp_path: Path) -> None:
+    """With two groups of three rows left, Â is that of those six, whatever the other reward said of the failed ones."""
+    first, second = [9.0, 3.0, 2.0, 6.0, -9.0, 0.0, 0.5, 2.5], [0.0, 1, 0, 2, 5, 0, 3, 1]
+
+    def failing(completions: Sequence[str], **columns: Any) -> list[float]:
+        return [float("nan") if row in (0, 4) else score for row, score in enumerate(second)][
+            : len(completions)
+        ]
+
+    trainer = PPOTrainer(
+        PPOConfig(
+            algorithm="gdpo",
+            model_name="embedded",
+            fine_tune_type="full",
+            group_size=4,
+            advantage_epsilon=0.0,
+            on_reward_error="skip",
+            output_dir=str(tmp_path / "run"),
+            verbose=False,
+        ),
+        model=table_model({"a": [0.5, -0.5], "b": [0.1, 0.2]}, "ab"),
+        reward_model=[lambda completions, **columns: first[: len(completions)], failing],
+    )
+    experience, _ = trainer.make_experience(rollouts())
+    total = np.zeros(6)
+    for scores in (first, second):
+        groups = np.array(scores).reshape(2, 4)[:, 1:]
+        spread = groups.std(axis=1, ddof=1, keepdims=True)
+        total += ((groups - groups.mean(axis=1, keepdims=True)) / spread).ravel()
+    found = per_row(experience)
+    assert np.isnan(found[[0, 4]]).all()
+    np.testing.assert_allclose(found[[1, 2, 3, 5, 6, 7]], total / total.std(ddof=1), atol=1e-4)
 
 
 def test_whitening_the_rewards_takes_the_kl_in(tmp_path: Path) -> None:

@@ -131,12 +131,14 @@ def test_an_entropy_bonus_makes_a_bandit_the_softmax_of_its_scores(tmp_path: Pat
     np.testing.assert_allclose(bandit.probabilities(trainer), best / best.sum(), atol=0.02)
 
 
-def test_only_the_tokens_of_highest_entropy_teach(tmp_path: Path) -> None:
-    """c is the most uncertain letter, then a, then b, then d; five of the thirteen tokens follow c or a."""
+@pytest.mark.parametrize(("uncertain", "count"), [("c", 3), ("ca", 9)])
+def test_only_the_tokens_of_highest_entropy_teach(tmp_path: Path, uncertain: str, count: int) -> None:
+    """c is the most uncertain letter, then a, then b, then d; of the thirteen tokens three follow c, and six a."""
     order = sorted({x for _, x, _ in tokens()}, key=entropy, reverse=True)
     assert order == ["c", "a", "b", "d"]
-    forks = [x in "ca" for _, x, _ in tokens()]
-    quantile = sum(forks) / N
+    forks = [x in uncertain for _, x, _ in tokens()]
+    assert sum(forks) == count
+    quantile = count / N
     trainer, experience = make(tmp_path, top_entropy_quantile=quantile)
     chosen = [a if fork else 0.0 for a, fork in zip(advantages(), forks, strict=True)]
     np.testing.assert_allclose(gradient(trainer, experience), expected(chosen, FIXED), atol=1e-6)
@@ -508,8 +510,25 @@ def test_the_controller_hears_the_kl_of_a_step_in_its_unit(
     metrics = trainer.update(experience) | made
     assert metrics["objective/kl"] == pytest.approx(sum(log_ratios()) / 6, rel=1e-4)
     assert metrics["objective/kl_per_token"] == pytest.approx(sum(log_ratios()) / N, rel=1e-4)
+    k3 = float(np.mean([np.exp(-d) - 1 + d for d in log_ratios()]))
+    assert metrics["kl"] == pytest.approx(
+        k3, rel=1e-4
+    )  # whatever the estimator is, and wherever it is placed
+    terms = {"k3": k3, "full": float(np.mean([exact_kl(x) for _, x, _ in tokens()]))}
+    in_loss = {"loss/kl_avg": terms[estimator]} if estimator in terms else {}
+    assert {n: x for n, x in metrics.items() if n == "loss/kl_avg"} == pytest.approx(in_loss, rel=1e-4)
     trainer._adapt_kl(metrics, 6)
     assert trainer.kl_controller.value == pytest.approx(0.2 * (1 + 0.1 * 6 / 60), rel=1e-5)
+
+
+def test_the_kl_of_an_evaluation_is_that_of_whole_answers(tmp_path: Path) -> None:
+    trainer, _, _ = from_another_reference(tmp_path)
+    found = trainer.evaluate(["a", "b", "c"])
+    answers = [(before, record["completion"]) for before, record in zip("abc", found["samples"], strict=True)]
+    pairs = [pair for before, text in answers for pair in zip(before + text[:-1], text, strict=True)]
+    assert len(pairs) == 3 * 4
+    total = sum(logprob(x, y) - float(np.log(colder(x)[LETTERS.index(y)])) for x, y in pairs)
+    assert found["objective/kl"] == pytest.approx(total / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -635,3 +654,13 @@ def test_what_the_correction_and_the_mask_leave_out_stays_in_the_denominator(
 def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfigurationError, match="logit_bias: token 99999 is not in the model's"):
         make(tmp_path, logit_bias={99999: 1.0}, importance_correction="token_truncate")
+
+
+def test_a_bias_that_forbids_every_token_is_refused_before_training(tmp_path: Path) -> None:
+    size = table_model(TABLE, LETTERS).config["vocab_size"]
+    with pytest.raises(InvalidConfigurationError, match=f"logit_bias: all of the model's {size} tokens"):
+        make(
+            tmp_path,
+            logit_bias=dict.fromkeys(range(size), -np.inf),
+            importance_correction="token_truncate",
+        )
