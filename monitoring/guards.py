@@ -6,9 +6,12 @@ steps and it happens again, it is said again.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,16 @@ class RunGuards:
         self._first_entropy: float | None = None
         self._in_a_row: dict[str, int] = {}
         self._said: dict[str, int] = {}  # what has been said, and for how many steps all has been well since
+
+    def on_train_begin(self, trainer: Any) -> None:
+        """A run that goes on is compared with its own first steps, not with those after its checkpoint."""
+        path = Path(trainer.run_folder) / "metrics.jsonl"
+        with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                self._first_entropy = _number(record, "entropy") if isinstance(record, dict) else None
+                if self._first_entropy is not None:
+                    return
 
     def on_step_end(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Say what is wrong with this step."""

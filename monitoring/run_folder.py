@@ -57,15 +57,16 @@ def writable_folder(name: str | Path, option: str) -> Path:
     Raises:
         CheckpointError: they cannot; the sentence begins with ``option``.
     """
-    folder = Path(name).expanduser()
     try:
+        folder = Path(name).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it; ~ of nobody
         raise CheckpointError(
-            f'{option}: "{folder}" cannot be written to ({error.strerror or error}); choose another folder'
+            f'{option}: "{name}" cannot be written to ({getattr(error, "strerror", None) or error}); choose another '
+            "folder"
         ) from error
     return folder
 

@@ -267,6 +267,22 @@ def test_a_run_folder_that_is_resumed_cannot_give_consent_either(
     assert not (run / "RAN").exists()
 
 
+@pytest.mark.parametrize("kind", ["circle", "deep", "index"])
+def test_a_folder_that_is_odd_is_a_sentence_or_nothing(tmp_path: Path, kind: str) -> None:
+    if kind == "circle":
+        (tmp_path / "a").symlink_to("b")
+        (tmp_path / "b").symlink_to("a")
+    elif kind == "deep":
+        (tmp_path / "config.json").write_text("[" * 100_000)
+    else:
+        put(tmp_path / "model.safetensors.index.json", weight_map={"a": {"b": 1}, "c": "../out"})
+    if kind == "index":
+        with pytest.raises(ModelLoadError, match="outside its folder"):
+            check_model_folder(tmp_path, trust_remote_code=False)
+    else:
+        assert check_model_folder(tmp_path, trust_remote_code=False) == []
+
+
 # What is sent --------------------------------------------------------------------------------------------
 
 WATCHED = """
