@@ -55,7 +55,9 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # a folder that has become read-only must not hide why the run ends
+        with contextlib.suppress(
+            OSError
+        ):  # a folder that has become read-only must not hide why the run ends
             self.file.unlink(missing_ok=True)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -22,9 +22,9 @@ def compute_dtype_of(model: nn.Module) -> mx.Dtype:
 def logprob_tolerance(policy: PolicyModel, tokens: mx.array, temperature: float) -> float:
     """Largest difference of one token's logprob, in nats, that rounding explains.
 
-    In 16 bits it grows with the logits. A bfloat16 or float16 pass over random weights, of 3 and of 8 layers, is off
-    the float32 pass over the same weights by 0.4 to 3.4 spacings of its largest logit, at logits of 1 to 36; allowed are
-    4, of 8 at least. In float32 passes of different shapes differ by some 1e-6.
+    In 16 bits it grows with the logits. A bfloat16 or float16 pass over random weights, of 3 and of 8 layers, was off
+    the float32 pass over the same weights by 0.4 to 3.4 spacings of its largest logit, at logits of 1 to 36; allowed
+    are 4, of 8 at least. In float32 passes of different shapes differ by some 1e-6.
 
     Args:
         tokens: (B, T) int32, of which the first row says how large logits are.

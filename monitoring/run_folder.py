@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -82,12 +83,16 @@ def default_folder(stage: str) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON.
+    """Indented JSON; a kill leaves the file as it was, or as it is to be.
 
     Raises:
         CheckpointError: naming the path.
     """
+    beside = path.with_name(f".partial-{path.name}")
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error

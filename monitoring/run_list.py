@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monitoring.metrics_file import read_metrics
-from monitoring.samples import printable
 from monitoring.run_lock import is_running
+from monitoring.samples import printable
 
 
 class RunLine(NamedTuple):

@@ -43,7 +43,9 @@ class RunLock:
             ) from error
         except OSError as error:  # some network file systems have no locks
             logger.warning(
-                "%s cannot be locked (%s): nothing keeps a second run out of this folder.", self.path, error.strerror
+                "%s cannot be locked (%s): nothing keeps a second run out of this folder.",
+                self.path,
+                error.strerror,
             )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

@@ -186,7 +186,9 @@ def test_a_reader_that_the_same_ctrl_c_has_ended_takes_nothing_with_it(tmp_path:
 @pytest.mark.slow
 def test_a_run_whose_reader_is_gone_saves_when_it_is_asked_to_stop(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    words = "train --model-name embedded --train-path p.jsonl --reward well_formed --num-steps 100000 --lora-r 2 "
+    words = (
+        "train --model-name embedded --train-path p.jsonl --reward well_formed --num-steps 100000 --lora-r 2 "
+    )
     words += "--max-new-tokens 4 --batch-size 1 --output-dir run --min-free-gb 0 --save-every 100000"
     reading, writing = os.pipe()
     with subprocess.Popen(

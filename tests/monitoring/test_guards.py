@@ -67,7 +67,9 @@ def test_a_metric_that_is_not_there_or_no_number_is_no_trouble() -> None:
     assert said == []
 
 
-@pytest.mark.parametrize("before", [None, "", "[1]\n", "torn", '{"step": 1}\n{"step": 2, "entropy": 5.0}\n{"entropy": 1}\n'])
+@pytest.mark.parametrize(
+    "before", [None, "", "[1]\n", "torn", '{"step": 1}\n{"step": 2, "entropy": 5.0}\n{"entropy": 1}\n']
+)
 def test_a_run_that_goes_on_knows_the_entropy_of_its_first_steps(tmp_path: Path, before: str | None) -> None:
     if before is not None:
         (tmp_path / "metrics.jsonl").write_text(before)
