@@ -81,3 +81,21 @@ def test_a_run_that_goes_on_knows_the_entropy_of_its_first_steps(tmp_path: Path,
     assert len(said) == (before is not None and "5.0" in before)
     if said:
         assert "step 3: the policy's entropy is 0.4 nats per token and was 5 at first" in said[0]
+
+
+def test_a_step_of_one_completion_is_no_saturation_unless_the_next_are_like_it() -> None:
+    """The deviation of one reward is 0; of groups that are each alike and differ, the groups are what is dead."""
+    said: list[str] = []
+    guards = RunGuards(said.append)
+    for step in range(10):
+        guards.on_step_end(step, {"reward": step / 10, "reward_std": 0.0})
+    assert said == []
+    for step in range(5):
+        guards.on_step_end(step, {"reward": step / 10, "reward_std": 0.0, "frac_reward_zero_std": 1.0})
+    assert len(said) == 1
+    assert '"Dead groups")' in said[0]
+    for step in range(6):
+        guards.on_step_end(step, {"reward": 0.7, "reward_std": 0.0, "frac_reward_zero_std": 1.0})
+    assert len(said) == 2
+    assert '"Reward saturation")' in said[1]
+    assert "0.7" in said[1]
