@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from base_setup.lora_setup import DESCRIPTION, WEIGHTS, read_description
 from checkpointing.store import CheckpointStore
 from config.errors import CheckpointError
 from config.ppo_config import PPOConfig
@@ -35,6 +34,8 @@ def find_checkpoint(name: str) -> Checkpoint:
     Raises:
         CheckpointError: there are none.
     """
+    from base_setup.lora_setup import DESCRIPTION, WEIGHTS, read_description  # MLX, which no --help waits for
+
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
