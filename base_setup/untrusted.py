@@ -13,6 +13,7 @@ Looked at are small files, before any weight is loaded and before transformers o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,8 +45,9 @@ def check_model_folder(folder: Path, *, trust_remote_code: bool, field: str = "m
     _check_links(folder, refusal, follow=ONLY_NUMBERS)
     for file in sorted(folder.glob("*.safetensors.index.json")):
         weight_map = _object(file).get("weight_map")
-        for name in dict.fromkeys(weight_map.values() if isinstance(weight_map, dict) else ()):
-            _check_inside(str(name), file, refusal)
+        names = map(str, weight_map.values() if isinstance(weight_map, dict) else ())
+        for name in dict.fromkeys(names):
+            _check_inside(name, file, refusal)
     agreed = []
     for file, asked, wanted in _code_asked_for(folder):
         source = wanted.split("--")[0] if "--" in wanted else ""
@@ -101,7 +103,7 @@ def _object(file: Path) -> dict[str, Any]:
     """A JSON object; {} where there is none, which whoever needs it says better."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -124,7 +126,7 @@ def _check_links(folder: Path, refusal: Refusal, follow: str | None = None) -> N
     for path in sorted(folder.glob("*")):
         if not path.is_symlink() or (follow is not None and path.suffix == follow):
             continue
-        target = path.resolve()
+        target = Path(os.path.realpath(path))  # resolve() may raise where links lead in a circle
         if not any(target.is_relative_to(place) for place in allowed):
             raise refusal(f"{path} is a link out of its folder, to {target}; put a copy in its place")
 

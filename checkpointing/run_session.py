@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from checkpointing.resuming import LATEST, check_changes, find_resume, plain_config, read_state, run_folder_of
-from checkpointing.stopping import StopRequest
+from checkpointing.stopping import StopRequest, say
 from checkpointing.store import CheckpointStore, Saved
 from config.errors import CheckpointError, RewardError, ToolkitError, TrainingRuntimeError
 from config.training_config import TrainingConfig
@@ -69,6 +71,7 @@ class RunSession:
         self.recorder: RunRecorder | None = None
         self.saved_at = 0
         self._state: Resumable | None = None
+        self._older_weights: list[Path] = []  # what the run left before it went on
         if config.output_dir:
             # With checkpoints in it, train(resume=True) may be meant; if it is not, open() refuses.
             stored = CheckpointStore(Path(config.output_dir).expanduser()).complete()
@@ -137,7 +140,7 @@ class RunSession:
         if saved is None:
             if self.recorder is None and self.config.resume == LATEST:
                 for path in set_aside(self.path):
-                    print(
+                    say(
                         f"resume: no checkpoint was complete yet, so the run begins anew; its lines are in {path}"
                     )
             if self.recorder is None:
@@ -150,7 +153,7 @@ class RunSession:
                 f"{self.stage}, or start from the other's weights with adapter_path"
             )
         for change in check_changes(state["config"], plain_config(self.config)):
-            print(f"WARNING: resume: {change}; from here on the run is not the one that was interrupted")
+            say(f"WARNING: resume: {change}; from here on the run is not the one that was interrupted")
         if run_folder_of(saved.path) != self.path.resolve():
             refuse_used(self.path)
 
@@ -166,8 +169,9 @@ class RunSession:
             assert self.recorder is not None
             self.recorder.go_on_from(saved.update, position[1]["files"], run_folder_of(saved.path))
             self.saved_at = saved.update
+            self._older_weights = [self.path / name for name in ("final", "interrupted")]
             if self.config.verbose:
-                print(f"going on after step {saved.update}, from {saved.path}")
+                say(f"going on after step {saved.update}, from {saved.path}")
         self.store.clear_leftovers()
         write_json(self.path / "config.json", self.describe())
         return position
@@ -206,22 +210,35 @@ class RunSession:
         """A checkpoint that cannot be written is no reason to lose the run: it goes on, and says so."""
         try:
             self.save("periodic", counters, progress, score)
+            self._set_aside_older_weights()
         except CheckpointError as error:
-            print(f"WARNING: {error}; the run goes on without it")
+            say(f"WARNING: {error}; the run goes on without it")
 
     def save_last(self, counters: Counters, progress: Progress, score: float = math.nan) -> None:
         """The checkpoint of a run that is done, unless it has one already or wants none."""
         if self.config.save_every and counters["step"] > self.saved_at:
             self.save("final", counters, progress, score)
 
+    def _set_aside_older_weights(self) -> None:
+        """What the run left when it ended before must not be taken for its newest weights, now that there are newer."""
+        for path in self._older_weights:
+            target, number = path.with_name(f"{path.name}.older-1"), 1
+            while target.exists():
+                number += 1
+                target = path.with_name(f"{path.name}.older-{number}")
+            with contextlib.suppress(OSError):
+                path.rename(target)
+        self._older_weights = []
+
     def stop(
         self, reason: str, counters: Counters, progress: Progress, score: float = math.nan
     ) -> dict[str, str]:
         """Save where the run stands and say where; returns what its result says of it."""
         path = self.save(reason, counters, progress, score).path
-        print(
+        self._set_aside_older_weights()
+        say(
             f"stopped after step {counters['step']} ({reason}); saved in {path}\n"
-            f"go on from there: --resume {self.path}"
+            f"go on from there: --resume {shlex.quote(str(self.path))}"
         )
         return {"stopped": reason, "checkpoint": str(path)}
 
@@ -254,7 +271,7 @@ class RunSession:
                 raise RewardError(told) from error
             if isinstance(error, ToolkitError):
                 raise TrainingRuntimeError(told) from error
-            print(saved)
+            say(saved)
             raise
 
     def _save_interrupted(self, save_model: Callable[[Path], None], step: int) -> str:
@@ -267,5 +284,5 @@ class RunSession:
         else:
             said = f"What was learned so far is in {folder} (after step {step})."
         if self.saved_at:
-            said += f" With --resume {folder.parent} the run goes on after step {self.saved_at}."
+            said += f" With --resume {shlex.quote(str(folder.parent))} the run goes on after step {self.saved_at}."
         return said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -62,11 +63,26 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._signalled is not None:
-            os.write(2, f"\n{name} again: ending at once; the last complete checkpoint stands\n".encode())
+            _write_error(f"\n{name} again: ending at once; the last complete checkpoint stands\n")
             os._exit(1)
         self._signalled = name.lower()
-        os.write(
-            2, f"\n{name}: the run saves and ends after this update; once more ends it at once\n".encode()
-        )
+        _write_error(f"\n{name}: the run saves and ends after this update; once more ends it at once\n")
         with contextlib.suppress(OSError):  # a full disk is no reason not to stop
             self.file.touch()  # seen by other processes of the run
+
+
+def _write_error(text: str) -> None:
+    """To standard error, from within a signal handler; Ctrl-C has ended the ``tee`` that was reading it, too."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def say(text: str) -> None:
+    """Print a line; a reader that has gone (``| tee``, ended by the same Ctrl-C) must not keep a run from saving."""
+    try:
+        print(text, flush=True)
+    except OSError:  # what is still in the buffer may go to nowhere: Python would complain of it at its end
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)

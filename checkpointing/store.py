@@ -8,7 +8,6 @@ people and for ``--adapter-path``; nothing here trusts it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpointing.durable import flush_to_disk, sha256_of, write_strict_json
+from checkpointing.durable import flush_to_disk, read_strict_json, sha256_of, write_strict_json
 from config.errors import CheckpointError
 
 MANIFEST, LATEST, PARTIAL = "manifest.json", "latest", ".partial-"
@@ -259,10 +258,13 @@ def open_checkpoint(path: Path) -> Saved:
 
 def _read(path: Path) -> Saved | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_strict_json(path / MANIFEST)
         if manifest["format"] != FORMAT:
             return None
-        files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        files = {
+            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             return None  # a manifest may name nothing outside its folder
         score = manifest["score"]
@@ -274,7 +276,7 @@ def _read(path: Path) -> Saved | None:
             None if score is None else float(score),
             files,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 

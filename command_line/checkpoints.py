@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from base_setup.lora_setup import DESCRIPTION, WEIGHTS, read_description
 from checkpointing.store import CheckpointStore
 from config.errors import CheckpointError
 from config.ppo_config import PPOConfig
@@ -35,6 +34,8 @@ def find_checkpoint(name: str) -> Checkpoint:
     Raises:
         CheckpointError: there are none.
     """
+    from base_setup.lora_setup import DESCRIPTION, WEIGHTS, read_description  # MLX, which no --help waits for
+
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
@@ -72,11 +73,24 @@ def check_written_rewards(checkpoint: Checkpoint, rewards: Any, option: str = "-
     """
     folder = checkpoint.folder.resolve()
     home = folder.parent if folder.name in ("final", "interrupted", "model") else folder
-    parts = rewards if isinstance(rewards, list) else list(rewards or ())
+    parts = (
+        rewards if isinstance(rewards, list) else list(rewards) if isinstance(rewards, Mapping) else [rewards]
+    )
     for part in parts:
         name, settings = (part.get("name"), part.get("config")) if isinstance(part, Mapping) else (part, None)
         reason = None
-        if any(file.resolve().is_relative_to(home) for file in _files_of(str(name))):
+        try:
+            inside = any(file.resolve().is_relative_to(home) for file in _files_of(str(name)))
+        except (
+            ValueError,
+            RuntimeError,
+            OSError,
+        ) as error:  # nothing before the colon, a NUL, links in a circle
+            raise CheckpointError(
+                f"{option}: {home} asks for the reward {str(name)!r:.60}, which nothing can be called ({error}); give "
+                "the rewards yourself with --reward"
+            ) from error
+        if inside:
             reason = "which is code that came with it"
         options = settings if isinstance(settings, Mapping) else {}
         reaching = [key for key in REACHING_OUT if key in options]
@@ -101,16 +115,40 @@ def _files_of(reward: str) -> Iterator[Path]:
 
 
 def written_down(*paths: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Config and rewards of the first of these files that a run of ours wrote."""
+    """Config and rewards of the first of these files that a run of ours wrote.
+
+    Raises:
+        CheckpointError: one of them is there and cannot be read.
+    """
     for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and isinstance(content.get("config"), dict):
+        content = read_written(path)
+        if isinstance(content.get("config"), dict):
             fields = PPOConfig.__dataclass_fields__
             mine = fields.keys() - {"trust_remote_code"}  # which only whoever runs it can give
             config = {name: value for name, value in content["config"].items() if name in mine}
             rewards = content.get("rewards")
             return config, rewards if isinstance(rewards, dict) else {}
     return {}, {}
+
+
+def read_written(path: Path, option: str = "--checkpoint") -> dict[str, Any]:
+    """The JSON object in a file that a run wrote; {} where there is none.
+
+    Raises:
+        CheckpointError: it is damaged. Defaults in its place would be of another model.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{option}: {path} says what was trained, and cannot be read ({error}); put it back, or remove it and say "
+            "the same with --config"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{option}: {path} says what was trained, and holds no JSON object; put it back, or remove it and say the "
+            "same with --config"
+        )
+    return content

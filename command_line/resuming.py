@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from checkpointing.resuming import LATEST, find_resume, run_folder_of
+from command_line.checkpoints import Checkpoint, check_written_rewards, read_written
 from config.declaration import Declaration
 from config.training_config import TrainingConfig
 
@@ -24,8 +24,6 @@ def take_run_config(options: argparse.Namespace, cls: type[Declaration]) -> None
     folder = run_folder_of(where) if Path(where).expanduser().is_dir() else Path(where)
     config = _written_down(folder / "config.json", cls)
     if config:
-        from command_line.checkpoints import Checkpoint, check_written_rewards
-
         if config.get("rewards") and "rewards" not in said:
             check_written_rewards(Checkpoint(folder, True, config, {}), config["rewards"], "--resume")
         config["output_dir"] = str(folder)
@@ -41,10 +39,7 @@ def check_resume(config: TrainingConfig) -> None:
 
 
 def _written_down(path: Path, cls: type[Declaration]) -> dict[str, Any]:
-    """The config in a run's ``config.json``; empty where there is none that can be read."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
-        mine = cls.__dataclass_fields__.keys() - {"trust_remote_code"}  # type: ignore[attr-defined]
-        return {name: value for name, value in config.items() if name in mine}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    """The config in a run's ``config.json``; empty where there is none."""
+    config = read_written(path, "--resume").get("config")
+    mine = cls.__dataclass_fields__.keys() - {"trust_remote_code"}  # type: ignore[attr-defined]
+    return {name: value for name, value in config.items() if name in mine} if isinstance(config, dict) else {}

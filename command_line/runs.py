@@ -20,6 +20,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the table."""
     from checkpointing.store import CheckpointStore
     from monitoring.run_list import list_runs
+    from monitoring.samples import printable
 
     folder = Path(options.folder).expanduser()
     if not folder.is_dir() and options.folder != "runs":
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         stored = CheckpointStore(line.folder).complete()
         reward = "-" if line.reward is None else f"{line.reward:.3f}"
         newest = stored[-1].path.name if stored else "-"
-        rows.append((str(line.folder), line.stage, line.state, str(line.step), reward, newest))
+        rows.append((printable(line.folder), line.stage, line.state, str(line.step), reward, newest))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -204,7 +204,10 @@ class PreparedPrompts(Sequence[Prompt]):
 
 
 def _identity(prompt: Prompt) -> bytes:
-    columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
+    try:
+        columns = json.dumps(dict(prompt.columns), sort_keys=True, default=lambda value: type(value).__name__)
+    except (TypeError, ValueError):  # keys of several kinds, or a column that holds itself
+        columns = json.dumps(sorted(map(str, prompt.columns)))
     return f"{prompt.index} {prompt.ids} {columns}\n".encode("utf-8", errors="backslashreplace")
 
 

@@ -139,7 +139,7 @@ def check_ratio(policy: PolicyModel, experience: Experience, temperature: float)
     old = at_mask(policy.logprobs(experience.tokens, experience.mask, temperature), experience.mask)
     read = policy.read(experience.tokens, experience.mask, temperature, for_gradient=True)
     new = at_mask(read.states.back_in_place(read.reading.logprobs), experience.mask)
-    log_ratio, limit = new - old, logprob_tolerance(policy.model)
+    log_ratio, limit = new - old, logprob_tolerance(policy, experience.tokens, temperature)
     return judged(
         "ratio at step 0",
         bool(largest(log_ratio) <= limit),
@@ -159,7 +159,7 @@ def check_kl(
     """
     mine = at_mask(policy.logprobs(experience.tokens, experience.mask, temperature), experience.mask)
     theirs = at_mask(reference.logprobs(experience.tokens, experience.mask, temperature), experience.mask)
-    difference, limit = mine - theirs, logprob_tolerance(policy.model)
+    difference, limit = mine - theirs, logprob_tolerance(policy, experience.tokens, temperature)
     per_sequence = float(difference.sum()) / max(experience.size, 1)
     seen = (
         f"{per_sequence:.3g} nats per completion, {largest(difference):.2g} at most for a token; "

@@ -89,7 +89,13 @@ def _in_a_process(trainer: PPOTrainer, tokens: mx.array, folder: Path) -> np.nda
     np.save(folder / TOKENS, np.array(tokens))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", "diagnosis.restart_check", str(folder)],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "diagnosis.restart_check",
+            str(folder),
+        ],  # -P: not a config.py that is here
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         capture_output=True,

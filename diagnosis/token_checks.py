@@ -64,7 +64,7 @@ def check_sampler(
     batch = extract(rollouts)
     difference = at_mask(policy.logprobs(batch.tokens, batch.mask, temperature), batch.mask)
     difference -= at_mask(batch.sampler_logprobs, batch.mask)
-    limit = logprob_tolerance(policy.model)
+    limit = logprob_tolerance(policy, batch.tokens, temperature)
     seen = (
         f"logprobs differ by {largest(difference):.2g} nats at most, {np.abs(difference).mean():.2g} on average "
         f"({difference.size} tokens, {_dtype(policy)} allows {limit:.2g})"
@@ -91,7 +91,7 @@ def check_batched(policy: PolicyModel, rollouts: Sequence[Rollout], temperature:
         single = at_mask(policy.logprobs(alone.tokens, alone.mask, temperature), alone.mask)
         worst = max(worst, largest(at_mask(together[row], batch.mask[row]) - single))
     lengths = [len(r.prompt.ids) + len(r.completion_ids) for r in rollouts]
-    limit = logprob_tolerance(policy.model)
+    limit = logprob_tolerance(policy, batch.tokens, temperature)
     return judged(
         "batched = single",
         worst <= limit,
@@ -121,7 +121,8 @@ def check_prompt_matters(policy: PolicyModel, rollouts: Sequence[Rollout], tempe
         )
     difference = at_mask(policy.logprobs(batch.tokens, batch.mask, temperature), later)
     difference -= at_mask(policy.logprobs(others.tokens, others.mask, temperature), later)
-    noise = 64 * 2.0**-23 if logprob_tolerance(policy.model) <= 1e-3 else logprob_tolerance(policy.model) / 8
+    limit = logprob_tolerance(policy, batch.tokens, temperature)
+    noise = 64 * 2.0**-23 if limit <= 1e-3 else limit / 8
     return judged(
         name,
         bool(largest(difference) > noise),

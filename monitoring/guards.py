@@ -6,9 +6,12 @@ steps and it happens again, it is said again.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -25,15 +28,27 @@ class RunGuards:
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.say = say or logger.warning
         self._first_entropy: float | None = None
+        self._last_reward: float | None = None
         self._in_a_row: dict[str, int] = {}
         self._said: dict[str, int] = {}  # what has been said, and for how many steps all has been well since
+
+    def on_train_begin(self, trainer: Any) -> None:
+        """A run that goes on is compared with its own first steps, not with those after its checkpoint."""
+        path = Path(trainer.run_folder) / "metrics.jsonl"
+        with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                self._first_entropy = _number(record, "entropy") if isinstance(record, dict) else None
+                if self._first_entropy is not None:
+                    return
 
     def on_step_end(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Say what is wrong with this step."""
         self._watch("kl", _kl_blow_up(metrics), 1, step)
         self._watch("entropy", self._entropy_collapse(metrics), 1, step)
-        self._watch("saturation", _saturation(metrics), IN_A_ROW, step)
-        self._watch("dead groups", _dead_groups(metrics), IN_A_ROW, step)
+        saturation = self._saturation(metrics)
+        self._watch("saturation", saturation, IN_A_ROW, step)
+        self._watch("dead groups", None if saturation else _dead_groups(metrics), IN_A_ROW, step)
         self._watch("skipped", _skipped(metrics), 1, step)
         self._watch("truncation", _all_truncated(metrics), IN_A_ROW, step)
         self._watch("empty", _all_empty(metrics), IN_A_ROW, step)
@@ -62,6 +77,19 @@ class RunGuards:
             '"Entropy collapse")'
         )
 
+    def _saturation(self, metrics: Mapping[str, Any]) -> str | None:
+        """Within the step, and as in the step before: a step may have one completion."""
+        deviation, mean = _number(metrics, "reward_std"), _number(metrics, "reward")
+        before, self._last_reward = self._last_reward, mean
+        if deviation is None or mean is None or deviation > 1e-6:
+            return None
+        if before is not None and abs(mean - before) > 1e-6:
+            return None
+        return (
+            f"every completion of the last {IN_A_ROW} steps has the same reward ({mean:.3g}): nothing tells a good one "
+            'from a bad one (docs/troubleshooting.md, "Reward saturation")'
+        )
+
 
 def _kl_blow_up(metrics: Mapping[str, Any]) -> str | None:
     total, each = _number(metrics, "objective/kl"), _number(metrics, "objective/kl_per_token")
@@ -73,19 +101,9 @@ def _kl_blow_up(metrics: Mapping[str, Any]) -> str | None:
     )
 
 
-def _saturation(metrics: Mapping[str, Any]) -> str | None:
-    deviation, mean = _number(metrics, "reward_std"), _number(metrics, "reward")
-    if deviation is None or mean is None or deviation > 1e-6:
-        return None
-    return (
-        f"every completion of the last {IN_A_ROW} steps has the same reward ({mean:.3g}): nothing tells a good one "
-        'from a bad one (docs/troubleshooting.md, "Reward saturation")'
-    )
-
-
 def _dead_groups(metrics: Mapping[str, Any]) -> str | None:
     share = _number(metrics, "frac_reward_zero_std")
-    if share is None or share < 0.9 or _saturation(metrics) is not None:
+    if share is None or share < 0.9:
         return None
     return (
         f"in {share:.0%} of the groups all completions score alike, {IN_A_ROW} steps in a row: those groups teach "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -57,15 +58,16 @@ def writable_folder(name: str | Path, option: str) -> Path:
     Raises:
         CheckpointError: they cannot; the sentence begins with ``option``.
     """
-    folder = Path(name).expanduser()
     try:
+        folder = Path(name).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it; ~ of nobody
         raise CheckpointError(
-            f'{option}: "{folder}" cannot be written to ({error.strerror or error}); choose another folder'
+            f'{option}: "{name}" cannot be written to ({getattr(error, "strerror", None) or error}); choose another '
+            "folder"
         ) from error
     return folder
 
@@ -81,12 +83,16 @@ def default_folder(stage: str) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON.
+    """Indented JSON; a kill leaves the file as it was, or as it is to be.
 
     Raises:
         CheckpointError: naming the path.
     """
+    beside = path.with_name(f".partial-{path.name}")
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: could not be written ({error.strerror or error})") from error

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from monitoring.metrics_file import read_metrics
 from monitoring.run_lock import is_running
+from monitoring.samples import printable
 
 
 class RunLine(NamedTuple):
@@ -35,13 +36,17 @@ def _describe(folder: Path) -> RunLine:
         state = "running"
     elif (folder / "final").is_dir() or (folder / "model").is_dir():
         state = "finished"
-    return RunLine(folder, _stage(folder), state, int(last.get("step", 0)), last.get("reward"))
+    reward = last.get("reward")
+    known = isinstance(reward, (int, float))  # what stands in a file may be anything
+    return RunLine(
+        folder, printable(_stage(folder)), state, int(last.get("step", 0)), reward if known else None
+    )
 
 
 def _stage(folder: Path) -> str:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "?"
     if not isinstance(content, dict):
         return "?"

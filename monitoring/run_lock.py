@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from config.errors import CheckpointError
 
 LOCK = "run.lock"
+logger = logging.getLogger(__name__)
 
 
 class RunLock:
@@ -33,12 +35,18 @@ class RunLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(descriptor)
             raise CheckpointError(
                 f'output_dir: "{self.path.parent}" is in use by a run that is still going ({_holder(self.path)}); wait '
                 "for it, stop it, or choose another folder"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(
+                "%s cannot be locked (%s): nothing keeps a second run out of this folder.",
+                self.path,
+                error.strerror,
+            )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         self._descriptor = descriptor
@@ -58,8 +66,10 @@ def is_running(folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # no locks here: nobody knows
+        return False
     finally:
         os.close(descriptor)
 

@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 
 from base_setup.parameters import named_arrays
 from base_setup.tokenizer_setup import fingerprint
+from config.errors import CheckpointError
 from config.ppo_config import PPOConfig
 from models.fingerprint import weights_fingerprint
 from models.policy_model import FrozenPolicy, PolicyModel
@@ -129,6 +130,11 @@ class RunState:
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["running_moments"])
         for name, reward in self._stateful_rewards().items():
+            if name not in state["rewards"]:
+                raise CheckpointError(
+                    f'rewards: "{name}" keeps something from batch to batch, and {folder} has nothing of it; give the '
+                    f"rewards that the run began with, or start a new run from its weights (--adapter-path {folder})"
+                )
             reward.load_state_dict(state["rewards"][name])
         return dict(state["counters"]), dict(state["progress"])
 

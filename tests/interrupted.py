@@ -35,7 +35,8 @@ def short_run(folder: Path, *, reward: Any = letters, **options: Any) -> PPOTrai
         "lora_r": 4,
         "batch_size": 2,
         "max_new_tokens": 5,
-        "num_steps": 5,
+        "num_steps": 5,  # into the second epoch
+        "num_epochs_per_rollout": 2,
         "save_every": 1,
         "keep_last_n": 100,
         "min_free_gb": 0,

@@ -267,6 +267,54 @@ def test_a_run_folder_that_is_resumed_cannot_give_consent_either(
     assert not (run / "RAN").exists()
 
 
+@pytest.mark.parametrize("kind", ["circle", "deep", "index"])
+def test_a_folder_that_is_odd_is_a_sentence_or_nothing(tmp_path: Path, kind: str) -> None:
+    if kind == "circle":
+        (tmp_path / "a").symlink_to("b")
+        (tmp_path / "b").symlink_to("a")
+    elif kind == "deep":
+        (tmp_path / "config.json").write_text("[" * 100_000)
+    else:
+        put(tmp_path / "model.safetensors.index.json", weight_map={"a": {"b": 1}, "c": "../out"})
+    if kind == "index":
+        with pytest.raises(ModelLoadError, match="outside its folder"):
+            check_model_folder(tmp_path, trust_remote_code=False)
+    else:
+        assert check_model_folder(tmp_path, trust_remote_code=False) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 100_000, "cannot be read"),
+        ('{"config": {"model_na', "cannot be read"),  # as a full disk leaves it
+        ("[1]", "holds no JSON object"),
+        ('{"config": {"model_name": "embedded", "rewards": 7}}', "rewards"),
+        ('{"config": {"model_name": "embedded", "rewards": "RUN/evil.py:f"}}', "code that came with it"),
+        ('{"config": {"model_name": "embedded", "rewards": [":f"]}}', "nothing can be called"),
+        ('{"config": {"model_name": "embedded", "rewards": ["a\\u0000.py:f"]}}', "nothing can be called"),
+    ],
+    ids=["deep", "torn", "list", "number", "text", "no file", "NUL"],
+)
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_what_a_run_wrote_down_may_be_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: str, words: str
+) -> None:
+    """Never the defaults in its place: they are of another model, which would be downloaded."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(content.replace("RUN", str(run)))
+    (run / WEIGHTS).write_bytes(b"")
+    (run / DESCRIPTION).write_text("{}")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    options = ["--resume", str(run)] if command == "train" else ["--checkpoint", str(run)]
+    option = "--val-path" if command == "evaluate" else "--train-path"
+    assert main.main([command, *options, option, str(tmp_path / "p.jsonl")]) in (1, 2)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert words in said
+
+
 # What is sent --------------------------------------------------------------------------------------------
 
 WATCHED = """
@@ -286,16 +334,47 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
+def watched(folder: Path, code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, capture_output=True, text=True, timeout=400,
+        env={**environment, "HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+EVERYTHING = """
+import importlib, pkgutil
+from pathlib import Path
+root = Path(main.__file__).parent
+packages = [path.parent.name for path in root.glob("*/__init__.py") if path.parent.name != "tests"]
+assert len(packages) > 10, packages
+names = [one.name for name in packages for one in pkgutil.walk_packages([str(root / name)], name + ".")]
+for name in names:
+    if not name.endswith("__main__"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            print("left out:", name, error)
+print("imported", len(names))
+"""
+
+
+@pytest.mark.slow
+def test_neither_an_import_nor_the_demo_makes_a_connection(tmp_path: Path) -> None:
+    imported = watched(tmp_path, WATCHED.replace("sys.exit(", "if 0: (") + EVERYTHING)
+    assert imported.returncode == 0, imported.stderr
+    assert "imported" in imported.stdout
+    done = watched(tmp_path, WATCHED, "--fast", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    for one in (imported, done):
+        assert "CONNECTION" not in one.stdout + one.stderr
+
+
 def test_a_run_on_a_local_model_makes_no_connection(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "abc"}\n')
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", WATCHED, *words]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-            env={**environment, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        return watched(tmp_path, WATCHED, *words)
 
     done = run(
         "train", "--model-name", str(folder), "--train-path", "prompts.jsonl", "--max-new-tokens", "3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -152,3 +153,70 @@ def test_a_signal_during_a_save_waits_for_it(tmp_path: Path) -> None:
     newest = CheckpointStore(tmp_path).newest()
     assert newest is not None
     assert set(newest.files) == {"a", "b"}
+
+
+ALONE = """
+import os, signal, sys
+from pathlib import Path
+from checkpointing.stopping import StopRequest, say
+sys.stdin.readline()
+with StopRequest(Path(sys.argv[1])) as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.reason == "sigint"
+    say("saved")
+    say("where")
+Path(sys.argv[1], "through").touch()
+"""
+
+
+def test_a_reader_that_the_same_ctrl_c_has_ended_takes_nothing_with_it(tmp_path: Path) -> None:
+    """``main.py train 2>&1 | tee log``: Ctrl-C goes to ``tee``, too, and there is nobody to tell any more."""
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", ALONE, str(tmp_path)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=writing, stderr=writing, text=True,
+    ) as child:  # fmt: skip
+        os.close(writing)
+        os.close(reading)
+        child.communicate("go\n")
+    assert child.returncode == 0
+    assert (tmp_path / "through").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_reader_is_gone_saves_when_it_is_asked_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    words = (
+        "train --model-name embedded --train-path p.jsonl --reward well_formed --num-steps 100000 --lora-r 2 "
+    )
+    words += "--max-new-tokens 4 --batch-size 1 --output-dir run --min-free-gb 0 --save-every 100000"
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *words.split()], cwd=tmp_path, stdout=writing, stderr=writing
+    ) as process:
+        os.close(writing)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.close(reading)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    newest = CheckpointStore(tmp_path / "run").newest()
+    assert newest is not None
+    assert newest.reason == "sigint"
+
+
+def test_a_file_system_without_locks_is_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("monitoring.run_lock.fcntl.flock", no_locks)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert "cannot be locked (No locks available)" in caplog.text
+    assert not is_running(tmp_path)
+    lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,6 +164,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from checkpointing import durable, store
 
 at = int(sys.argv[2])
@@ -221,3 +224,36 @@ def test_numbers_that_json_has_not_survive(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "x.json").read_text().replace('"NaN"', "")
     back = read_strict_json(tmp_path / "x.json")
     assert str(back) == str(content)
+
+
+def test_a_score_that_is_not_finite_does_not_lose_the_checkpoint(tmp_path: Path) -> None:
+    """keep_best goes by minus the validation loss, which may have overflowed."""
+    store = CheckpointStore(tmp_path, keep_last_n=1)
+    for update, score in [(1, -float("inf")), (2, -3.0), (3, -float("inf"))]:
+        save(store, update, score)
+    assert [(one.update, one.score) for one in store.complete()] == [(2, -3.0), (3, -float("inf"))]
+    newest = store.newest()
+    assert newest is not None
+    assert newest.update == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sequence": 1e400},
+        {"files": {"a.bin": {}}},
+        {"files": {"a.bin": {"bytes": "x", "sha256": ""}}},
+        {"files": [1]},
+        {"score": {"not_finite": "?"}},
+        "[" * 100_000,
+    ],
+    ids=["infinite", "no sizes", "no number", "a list", "no score", "deep"],
+)
+def test_a_manifest_of_anything_is_named(tmp_path: Path, change: Any) -> None:
+    store = CheckpointStore(tmp_path)
+    path = save(store, 1) / MANIFEST
+    content = {**json.loads(path.read_text()), **change} if isinstance(change, dict) else change
+    path.write_text(json.dumps(content) if isinstance(content, dict) else content)
+    assert store.complete() == []
+    with pytest.raises(CheckpointError, match="missing, or not a manifest"):
+        store.newest()

@@ -208,3 +208,13 @@ def test_options_of_a_config_reach_the_prompts(
     config = DataConfig(prompt_format="chat")
     prompt = prepare(tiny, load_prompts(["hi"], config))[0]
     assert tiny.tokenizer.decode(list(prompt.ids)).count("<|im_start|>") == 2
+
+
+def test_columns_of_any_shape_are_columns(tiny: LanguageModel) -> None:
+    """Keys of several kinds cannot be put in order, and a list may hold itself; rewards may want them all the same."""
+    itself: list[Any] = []
+    itself.append(itself)
+    for column in ({1: 2, "b": 3}, {(1, 2): 3}, itself):
+        prompts = prepare(tiny, [{"prompt": "ab", "meta": column}])
+        assert prompts[0].columns["meta"] is column
+        assert prompts.fingerprint != prepare(tiny, [{"prompt": "ab", "other": column}]).fingerprint

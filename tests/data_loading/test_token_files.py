@@ -342,3 +342,28 @@ def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
     with pytest.raises(DataLoadError, match="cannot be written as JSON"):
         preprocess(config, tmp_path / "o.jsonl", tokenizer=TOKENIZER)
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def written(path: Path, prompts: list[list[int]]) -> str:
+    with TokenWriter(path, {"fingerprint": fingerprint(TOKENIZER)}) as writer:
+        for prompt in prompts:
+            writer.add(prompt, [1], {})
+    return str(path)
+
+
+def test_the_fingerprint_is_of_all_lengths_and_of_256_rows(tmp_path: Path) -> None:
+    """Of 1000 rows, rows 0 and 999 are among the 256 that are spread evenly (999/255 = 3.92 apart), row 1 is not."""
+
+    def print_of(name: str, *changes: tuple[int, list[int]]) -> str:
+        rows = [[5, 6] for _ in range(1000)]
+        for index, ids in changes:
+            rows[index] = ids
+        return prepared(load_prompts(written(tmp_path / name / "train", rows))).fingerprint
+
+    plain = print_of("plain")
+    assert print_of("same") == plain
+    assert print_of("first", (0, [5, 7])) != plain
+    assert print_of("last", (999, [5, 7])) != plain
+    assert print_of("between", (1, [5, 7])) == plain  # what is not read is not compared (docs/durability.md)
+    assert print_of("longer", (1, [5, 6, 7])) != plain
+    assert print_of("order", (0, [6, 5])) != plain

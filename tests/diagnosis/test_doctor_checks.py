@@ -31,6 +31,7 @@ from diagnosis.learning_checks import check_rewards, check_weights_move
 from diagnosis.machine import MemoryUse, Process, check_environment, check_memory, damaged_libraries
 from diagnosis.restart_check import check_restart
 from diagnosis.token_checks import check_batched, check_mask, check_prompt_matters, check_sampler
+from diagnosis.tolerance import logprob_tolerance
 from experience_buffer.data_structures import Experience, Prompt, Rollout, TokenBatch
 from models.policy_model import FrozenPolicy, PolicyModel
 from ppo_trainer.ppo_trainer import PPOTrainer
@@ -240,6 +241,29 @@ def test_a_trunk_that_sees_padding(policy: PolicyModel) -> None:
     assert check_batched(rebuilt(policy), rollouts, 1.0).verdict == "fault"
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("scale", [1, 40])
+def test_what_16_bits_round_away_is_no_fault_however_large_the_logits(
+    policy: PolicyModel, dtype: mx.Dtype, scale: int
+) -> None:
+    """A pass in 16 bits and one in float32 over the same weights; half as much at twice the temperature."""
+    batch = extract(rollouts_of(policy))
+    assert logprob_tolerance(policy, batch.tokens, 1.0) == 1e-3
+    policy.model.model.norm.weight = policy.model.model.norm.weight * scale
+    policy.model.set_dtype(dtype)
+    rounded = np.array(policy.logprobs(batch.tokens, batch.mask))
+    allowed = logprob_tolerance(policy, batch.tokens, 1.0)
+    cooler = logprob_tolerance(policy, batch.tokens, 0.5)
+    size = np.abs(np.array(policy.model(batch.tokens[:1]).astype(mx.float32))).max()
+    assert (size > 8) == (scale == 40)
+    policy.model.set_dtype(mx.float32)
+    difference = np.abs(rounded - np.array(policy.logprobs(batch.tokens, batch.mask))).max()
+    spacing = {mx.bfloat16: 1 / 128, mx.float16: 1 / 1024}[dtype]
+    assert allowed == pytest.approx(4 * spacing * max(size, 8))
+    assert cooler == pytest.approx(4 * spacing * max(2 * size, 8))
+    assert 0 < difference < allowed
+
+
 # Gradients -----------------------------------------------------------------------------------------------
 
 
@@ -349,6 +373,13 @@ def test_a_learning_rate_that_moves_nothing(tmp_path: Path) -> None:
     assert "raise learning_rate" in finding.advice
 
 
+def test_a_critic_that_stays_as_it_was_made(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, algorithm="ppo", value_learning_rate=1e-60)
+    findings = examined(trainer, tmp_path)
+    assert faults(findings) == {"critic moves"}
+    assert "0 of 30 arrays moved" in findings["critic moves"].seen  # two factors of 14 layers; the head's two
+
+
 def test_updates_that_are_skipped(tmp_path: Path) -> None:
     module = make_trainer(tmp_path).policy.model
     weights = named_arrays(module.trainable_parameters())
@@ -437,7 +468,10 @@ def test_a_folder_that_is_not_what_was_trained(tmp_path: Path, monkeypatch: pyte
     )  # not a folder to write to
 
 
-def test_another_process_reads_what_was_trained(tmp_path: Path) -> None:
+def test_another_process_reads_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder with names of ours in it, as many projects have."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.py").write_text("")
     trainer = make_trainer(tmp_path, learning_rate=1e-2)
     trainer.train(["ab"], num_epochs=1)
     tokens = mx.array([[1, 2, 3]])

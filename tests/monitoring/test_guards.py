@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +65,37 @@ def test_a_metric_that_is_not_there_or_no_number_is_no_trouble() -> None:
     for step in range(10):
         guards.on_step_end(step, {"reward": float("nan"), "entropy": float("nan"), "objective/kl": None})
     assert said == []
+
+
+@pytest.mark.parametrize(
+    "before", [None, "", "[1]\n", "torn", '{"step": 1}\n{"step": 2, "entropy": 5.0}\n{"entropy": 1}\n']
+)
+def test_a_run_that_goes_on_knows_the_entropy_of_its_first_steps(tmp_path: Path, before: str | None) -> None:
+    if before is not None:
+        (tmp_path / "metrics.jsonl").write_text(before)
+    said: list[str] = []
+    guards = RunGuards(said.append)
+    guards.on_train_begin(SimpleNamespace(run_folder=tmp_path))
+    guards.on_step_end(3, {"entropy": 0.4})
+    guards.on_step_end(4, {"entropy": 0.3})
+    assert len(said) == (before is not None and "5.0" in before)
+    if said:
+        assert "step 3: the policy's entropy is 0.4 nats per token and was 5 at first" in said[0]
+
+
+def test_a_step_of_one_completion_is_no_saturation_unless_the_next_are_like_it() -> None:
+    """The deviation of one reward is 0; of groups that are each alike and differ, the groups are what is dead."""
+    said: list[str] = []
+    guards = RunGuards(said.append)
+    for step in range(10):
+        guards.on_step_end(step, {"reward": step / 10, "reward_std": 0.0})
+    assert said == []
+    for step in range(5):
+        guards.on_step_end(step, {"reward": step / 10, "reward_std": 0.0, "frac_reward_zero_std": 1.0})
+    assert len(said) == 1
+    assert '"Dead groups")' in said[0]
+    for step in range(6):
+        guards.on_step_end(step, {"reward": 0.7, "reward_std": 0.0, "frac_reward_zero_std": 1.0})
+    assert len(said) == 2
+    assert '"Reward saturation")' in said[1]
+    assert "0.7" in said[1]

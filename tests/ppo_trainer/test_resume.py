@@ -14,6 +14,7 @@ import pytest
 from base_setup.parameters import named_arrays
 from checkpointing.resuming import FIXED, FREE
 from checkpointing.store import Saved
+from command_line.checkpoints import find_checkpoint
 from config.errors import CheckpointError, InvalidConfigurationError
 from config.ppo_config import PPOConfig
 from models.value_model import ValueModel
@@ -241,6 +242,47 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken_if_allowed(
     assert_same(straight, after)
 
 
+def test_older_weights_do_not_stand_for_a_run_that_went_on(trainer) -> None:
+    """Interrupted after step 2, gone on, and killed at step 5: its newest weights are those of checkpoint 4."""
+    folder = break_at(trainer(num_steps=5), 3)
+    assert find_checkpoint(str(folder)).folder == folder / "interrupted"
+    break_at(trainer(num_steps=5, save_every=2, resume="latest"), 5, Killed)
+    shutil.rmtree(folder / "interrupted")  # as if killed: nobody has written it
+    found = find_checkpoint(str(folder)).folder
+    assert found.name.endswith("_periodic_update_4")
+    assert (folder / "interrupted.older-1" / "adapters.safetensors").is_file()
+
+
+def test_weights_of_a_run_that_ends_are_its_own(trainer) -> None:
+    """``final`` of a run that goes on and comes to its end again is written anew, and stays."""
+    trainer(num_steps=1).train(PROMPTS)
+    run = trainer(num_steps=2, save_every=100)
+    run.train(PROMPTS, resume=True)
+    assert find_checkpoint(str(run.run_folder)).folder == run.run_folder / "final"
+    assert not list(run.run_folder.glob("*.older-*"))
+    trainer(num_steps=4).train(PROMPTS, resume=True)
+    assert (run.run_folder / "final").is_dir()
+    assert (run.run_folder / "final.older-1").is_dir()  # of step 2
+
+
+class Killed(BaseException):
+    pass
+
+
+def break_at(run: PPOTrainer, step: int, error: type[BaseException] = RuntimeError) -> Path:
+    """Train until ``step`` is learned from, then fail."""
+
+    class Fault:
+        def on_step_end(self, now: int, metrics: Mapping[str, Any]) -> None:
+            if now == step:
+                raise error
+
+    with pytest.raises(error):
+        run.train(PROMPTS, callbacks=[Fault()])
+    assert run.run_folder is not None
+    return run.run_folder
+
+
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +299,26 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     assert "No space left" in capsys.readouterr().out
     assert [one.update for one in run.store.complete()] == [2, 3]
     assert not list(run.run_folder.glob(".partial-*"))
+
+
+def test_a_reward_that_keeps_something_and_finds_nothing_of_it(trainer, tmp_path: Path) -> None:
+    class Keeping:
+        __name__ = "keeping"
+
+        def __call__(self, completions, **columns):
+            return letters(completions)
+
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: Mapping[str, int]) -> None:
+            raise AssertionError
+
+    config = trainer(num_steps=1).config
+    PPOTrainer(config, reward_model=letters).train(PROMPTS)
+    other = PPOTrainer(config.replace(num_steps=2), reward_model=Keeping())
+    with pytest.raises(CheckpointError, match=r'rewards: "keeping" keeps something .*--adapter-path'):
+        other.train(PROMPTS, resume=True)
 
 
 def test_a_reward_that_keeps_something_goes_on_too(trainer, make_config, tmp_path: Path) -> None:
