@@ -95,9 +95,7 @@ def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def stage_rows(seed: int) -> dict[str, list[dict[str, str]]]:
     """The rows of each file, by its name."""
-    scored = [
-        row for row in scored_rows(SCORED + SCORED_HELD_OUT, seed) if row["completion"]
-    ]  # files want texts
+    scored = scored_rows(SCORED + SCORED_HELD_OUT, seed)
     prompts, held_out = digit_prompt_splits(PROMPTS, HELD_OUT, seed)
     return {
         "base.jsonl": base_rows(BASE, seed),
