@@ -95,3 +95,12 @@ def test_an_empty_answer_is_a_bad_one_to_a_reward_model_and_to_kto_and_refused_b
     for path in ("plain.jsonl", "scored.jsonl"):
         done = command("sft", *SHORT, "--train-path", path, "--output-dir", "sft")
         assert f'{path}:1: "completion" is empty' in done.err
+
+
+def test_a_pair_the_wrong_way_round_is_refused_by_a_dry_run(
+    workplace: Path, command: Callable[..., Any]
+) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (1, -2)]
+    write_rows(workplace / "margins.jsonl", rows)
+    done = command("reward-model", *SHORT, "--train-path", "margins.jsonl", "--dry-run")
+    assert 'margins.jsonl:2: "margin" must be above 0, found -2' in done.err
