@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpointing.resuming import LATEST, find_resume, run_folder_of
-from command_line.checkpoints import Checkpoint, check_written_rewards
 from config.declaration import Declaration
 from config.training_config import TrainingConfig
 
@@ -26,6 +25,8 @@ def take_run_config(options: argparse.Namespace, cls: type[Declaration]) -> None
     config = _written_down(folder / "config.json", cls)
     if config:
         if config.get("rewards") and "rewards" not in said:
+            from command_line.checkpoints import Checkpoint, check_written_rewards
+
             check_written_rewards(Checkpoint(folder, True, config, {}), config["rewards"], "--resume")
         config["output_dir"] = str(folder)
         taken = [(name, value) for name, value in config.items() if name not in ("resume", "resume_fallback")]
