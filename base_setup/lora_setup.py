@@ -10,6 +10,7 @@ import base_setup.backend  # noqa: F401  (a fast BLAS must be in the process bef
 
 # isort: split
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,24 @@ def _unfreeze_all(model: nn.Module, reason: str) -> None:
     model.unfreeze()
 
 
+def check_goes_on(config: TrainingConfig, description: Mapping[str, Any]) -> None:
+    """Refuse to train every weight where an adapter is loaded: it would be the adapter that trains."""
+    kind = description.get("fine_tune_type", "lora")
+    if config.fine_tune_type == "full" and kind != "full":
+        raise InvalidConfigurationError(
+            f'fine_tune_type: "full" trains every weight, and adapter_path ({config.adapter_path}) is an adapter '
+            f"({kind}), which would train alone; leave fine_tune_type out to go on with it, or fuse it with the model "
+            "first (main.py fuse)"
+        )
+
+
 def _resume_adapter(model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
     folder = Path(str(config.adapter_path)).expanduser()
     description = load_adapter(model, folder)
     if description.get("fine_tune_type") == "full":
         _unfreeze_all(model, f'adapter_path: {folder} holds every weight, but the base "{config.model_name}"')
         return description
+    check_goes_on(config, description)
     for _, module in adapter_layers(model):
         names = [name for name in LEAVES if name in module]
         module.unfreeze(keys=names, recurse=False)

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
 
 from base_setup.adapter_files import fit_adapter
-from base_setup.lora_setup import prepare_trainable
+from base_setup.lora_setup import check_goes_on, prepare_trainable
 from config.errors import InvalidConfigurationError
 from config.training_config import TrainingConfig
 
@@ -54,6 +54,6 @@ def check_what_trains(
     if model is None:
         return
     if config.adapter_path is not None:
-        fit_adapter(model, Path(config.adapter_path).expanduser())
+        check_goes_on(config, fit_adapter(model, Path(config.adapter_path).expanduser()))
     else:
         prepare_trainable(model, config, tokenizer)

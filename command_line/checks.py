@@ -34,6 +34,7 @@ from examples.digits_data import DIFFERENT_PROMPTS, digit_prompts
 from models.process_reward_model import encode_steps
 from models.sft_model import EMBEDDED, build_embedded, existing_model, has_pickled_tokenizer
 from monitoring.run_folder import refuse_used
+from training.reward_trainer import margin_sentence
 from training.sft_rows import encode_example
 from training.supervised import place_of
 
@@ -189,8 +190,12 @@ def check_packing(config: SFTConfig) -> None:
             raise InvalidConfigurationError(f"{NO_PACKED_SOFT_PROMPT} (adapter_path: {folder} has one)")
 
 
-def check_rewards_differ(config: RewardModelConfig, rows: Any) -> None:
-    """Refuse scored answers that are all as good as each other."""
+def check_comparisons(rows: Any) -> None:
+    """Refuse scored answers that are all as good as each other, and pairs whose margin says that they are not one."""
+    if "chosen" in rows[0]:
+        for i, row in enumerate(rows):
+            if row.get("margin", 1) <= 0:
+                raise DataLoadError(f"{rows.place(i)}: {margin_sentence(row['margin'])}")
     if "reward" in rows[0] and all(row["reward"] == rows[0]["reward"] for row in rows):
         raise DataLoadError(
             f"{rows.report.name}: the reward of all {len(rows)} answers is {rows[0]['reward']:g}, so there is nothing "

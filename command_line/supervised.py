@@ -161,15 +161,19 @@ def _save_reward_model(trainer: Any, folder: Path) -> Lines:
 
 
 def _check_reward_model(config: Any, rows: Any) -> None:
-    from command_line.checks import check_rewards_differ
+    from command_line.checks import check_comparisons
 
-    for name in ("step_separator", "step_reward"):
-        if config.was_set(name):
-            raise InvalidConfigurationError(
-                f"{name}: {rows.report.name} has whole answers ({rows.report.schema}), no steps with labels; leave it "
-                "out"
-            )
-    check_rewards_differ(config, rows)
+    if name := _first_changed(config, "step_separator", "step_reward"):
+        raise InvalidConfigurationError(
+            f"{name}: {rows.report.name} has whole answers ({rows.report.schema}), no steps with labels; leave it out"
+        )
+    check_comparisons(rows)
+
+
+def _first_changed(config: Any, *names: str) -> str | None:
+    """The first of these options that is not at its default. A run that goes on, or a file, may name all of them."""
+    options = type(config).__dataclass_fields__
+    return next((name for name in names if getattr(config, name) != options[name].default.default), None)
 
 
 def _process_trainer(base: Any, config: Any) -> Any:
@@ -193,12 +197,9 @@ def _save_process_model(trainer: Any, folder: Path) -> Lines:
 
 
 def _check_process_model(config: Any, rows: Any) -> None:
-    set_for_answers = [
-        name for name in ("pairing", "list_size", "margin_scale", "centering") if config.was_set(name)
-    ]
-    if set_for_answers:
+    if name := _first_changed(config, "pairing", "list_size", "margin_scale", "centering"):
         raise InvalidConfigurationError(
-            f"{set_for_answers[0]}: {rows.report.name} has steps with labels, which are not compared; leave it out"
+            f"{name}: {rows.report.name} has steps with labels, which are not compared; leave it out"
         )
 
 

@@ -73,17 +73,17 @@ def as_prompt(prompt: Any, fields: Mapping[str, Any], config: DataConfig) -> str
     return chat
 
 
-def answer_text(answer: Any, name: str) -> str:
-    """An answer: a text, or a chat of one message by the assistant."""
+def answer_text(answer: Any, name: str, *, empty: bool = False) -> str:
+    """An answer: a text, or a chat of one message by the assistant; not blank unless ``empty``."""
     if isinstance(answer, str):
-        return check_text(answer, name)
+        return check_text(answer, name, empty=empty)
     if not isinstance(answer, Sequence):
         raise BadRowError(f'"{name}" must be a text or the assistant\'s message, found {kind_of(answer)}')
     chat = check_chat(answer, name)
     if len(chat) != 1 or chat[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in chat)
         raise BadRowError(f'"{name}" must be one message of the assistant, found {roles:.80}')
-    return check_text(chat[0]["content"], name)
+    return check_text(chat[0]["content"], name, empty=empty)
 
 
 def split_chat(chat: Any, name: str = "messages") -> tuple[list[Message], str | None]:

@@ -59,8 +59,14 @@ def _columns(fields: Fields, config: DataConfig, consumed: str) -> Row:
 
 
 def pair(fields: Fields, config: DataConfig) -> list[Row]:
+    return [_pair(fields, config, empty=False)]
+
+
+def _pair(fields: Fields, config: DataConfig, *, empty: bool) -> Row:
+    """``empty``: whether the answer may be: as a bad one that is judged, not as one that is imitated."""
     prompt = as_prompt(fields[config.prompt_column], fields, config)
-    return [{"prompt": prompt, "completion": _answer(fields, config.completion_column)}]
+    name = config.completion_column
+    return {"prompt": prompt, "completion": answer_text(fields[name], name, empty=empty)}
 
 
 def chat_pair(fields: Fields, config: DataConfig) -> list[Row]:
@@ -82,23 +88,23 @@ def preference(fields: Fields, config: DataConfig) -> list[Row]:
         return implicit_preference(fields, config)
     prompt = as_prompt(fields[config.prompt_column], fields, config)
     better, worse = (_answer(fields, name) for name in (config.chosen_column, config.rejected_column))
-    row = _comparison(prompt, better, worse)
-    return [
-        row | {"margin": _number(fields["margin"], "margin")} if fields.get("margin") is not None else row
-    ]
+    return [_comparison(fields, prompt, better, worse)]
 
 
-def _comparison(prompt: Any, chosen: str, rejected: str) -> Row:
+_SAME = "the better and the worse answer are the same, so there is nothing to learn from them"
+
+
+def _comparison(fields: Fields, prompt: Any, chosen: str, rejected: str) -> Row:
     if chosen == rejected:
-        raise BadRowError(
-            "the better and the worse answer are the same, so there is nothing to learn from them"
-        )
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        raise BadRowError(_SAME)
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    margin = fields.get("margin")
+    return row if margin is None else row | {"margin": _number(margin, "margin")}
 
 
 def implicit_preference(fields: Fields, config: DataConfig) -> list[Row]:
     prompt, chosen, rejected = shared_start(fields[config.chosen_column], fields[config.rejected_column])
-    return [_comparison(as_prompt(prompt, fields, config), chosen, rejected)]
+    return [_comparison(fields, as_prompt(prompt, fields, config), chosen, rejected)]
 
 
 def ranked(fields: Fields, config: DataConfig) -> list[Row]:
@@ -116,6 +122,8 @@ def ranked(fields: Fields, config: DataConfig) -> list[Row]:
         scores = [-float(i) for i in range(len(texts))]
     if len(set(scores)) < 2:
         raise BadRowError("at least two completions of different rank are needed to compare them")
+    if len(set(texts)) < len(set(zip(texts, scores, strict=True))):
+        raise BadRowError(_SAME)
     order = sorted(range(len(texts)), key=lambda i: -scores[i])
     prompt = as_prompt(fields[config.prompt_column], fields, config)
     return [
@@ -165,7 +173,8 @@ def _steps(fields: Fields, config: DataConfig, name: str) -> Row:
 
 
 def scored(fields: Fields, config: DataConfig) -> list[Row]:
-    return [pair(fields, config)[0] | {"reward": _number(fields[config.reward_column], config.reward_column)}]
+    reward = _number(fields[config.reward_column], config.reward_column)
+    return [_pair(fields, config, empty=True) | {"reward": reward}]
 
 
 def scored_text(fields: Fields, config: DataConfig) -> list[Row]:
@@ -174,7 +183,17 @@ def scored_text(fields: Fields, config: DataConfig) -> list[Row]:
 
 
 def labelled(fields: Fields, config: DataConfig) -> list[Row]:
-    return [pair(fields, config)[0] | {"reward": float(fields["label"])}]
+    label = as_label(fields["label"])
+    assert label is not None  # or the schema would not fit
+    return [_pair(fields, config, empty=True) | {"reward": float(label)}]
+
+
+def as_label(value: Any) -> bool | None:
+    """Whether a label says good; None for what says neither. A cell of a table is text, and some write 1 and 0."""
+    text = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(text, (bool, int, float, str)):
+        return True if text in (True, "true", "1") else False if text in (False, "false", "0") else None
+    return None
 
 
 def refuse_labelled(fields: Fields, config: DataConfig) -> list[Row]:

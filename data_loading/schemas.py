@@ -97,7 +97,7 @@ SCHEMAS = (
         "unpaired preference (prompt, completion, label)",
         ("prompt", "completion", "label"),
         {"preferences": use.labelled, "prompts": use.prompt_row, "pairs": use.refuse_labelled},
-        lambda fields, config: isinstance(fields["label"], bool),
+        lambda fields, config: use.as_label(fields["label"]) is not None,
     ),
     Schema(
         "scored answers (prompt, completion, reward)",

@@ -27,7 +27,7 @@ from examples.digits_data import digit_prompt_splits, generate_sequences, split_
 from rewards.sequential_digits import digit_score
 
 #: Rows of each file that is learned from, and of those that judge.
-BASE, DEMONSTRATIONS, SCORED, SCORED_HELD_OUT, PROMPTS, HELD_OUT = 4000, 600, 8000, 400, 100, 51
+BASE, DEMONSTRATIONS, SCORED, SCORED_HELD_OUT, PROMPTS, HELD_OUT = 4000, 600, 16_000, 400, 100, 51
 #: Answers to each held-out prompt: four of them have half the noise of one.
 ANSWERS = 4
 
@@ -95,9 +95,7 @@ def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def stage_rows(seed: int) -> dict[str, list[dict[str, str]]]:
     """The rows of each file, by its name."""
-    scored = [
-        row for row in scored_rows(SCORED + SCORED_HELD_OUT, seed) if row["completion"]
-    ]  # files want texts
+    scored = scored_rows(SCORED + SCORED_HELD_OUT, seed)
     prompts, held_out = digit_prompt_splits(PROMPTS, HELD_OUT, seed)
     return {
         "base.jsonl": base_rows(BASE, seed),

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from base_setup.lora_setup import prepare_trainable, restore_adapter, save_adapter
 from base_setup.tokenizer_setup import answer_end_id, encode
-from config.errors import CheckpointError
+from config.errors import CheckpointError, TrainingRuntimeError
 from config.training_config import TrainingConfig
 from models.policy_model import right_padded_lengths
 from models.scalar_head import ScalarHead, load_head, require_trunk, save_head, trunk_width
@@ -112,9 +113,14 @@ class RewardModel:
         return reward_model
 
     def normalise(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Set gain and bias so that these sequences score mean 0 and standard deviation 1."""
+        """Set gain and bias so that these sequences score mean 0 and standard deviation 1.
+
+        Raises:
+            TrainingRuntimeError: a score is not finite.
+        """
         self.gain, self.bias = 1.0, 0.0
         raw = mx.array(self.score_ids(sequences))
+        check_finite(np.array(raw))
         spread = float(mx.std(raw))
         self.gain = 1.0 / spread if spread > 0 else 1.0
         self.bias = -float(mx.mean(raw)) * self.gain
@@ -166,6 +172,20 @@ class RewardModel:
         load_head(model.module.head, folder / HEAD)
         model.gain, model.bias = gain, bias
         return model
+
+
+def check_finite(scores: np.ndarray) -> None:
+    """Refuse scores that say nothing of the answers.
+
+    Raises:
+        TrainingRuntimeError: one is not a finite number.
+    """
+    bad = int(np.sum(~np.isfinite(scores)))
+    if bad:
+        raise TrainingRuntimeError(
+            f"the reward model's scores of {bad} of {scores.size} answers are not finite: its weights have diverged; "
+            "lower learning_rate"
+        )
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

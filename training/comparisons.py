@@ -70,22 +70,20 @@ class Partners:
     """For each reward, the answers that it may be compared with one to one."""
 
     def __init__(self, answers: Sequence[Answer]) -> None:
+        """Grouped by reward once: each draw is then from places in one list."""
         self._by_reward: dict[float, list[Answer]] = {}
         for answer in answers:
             self._by_reward.setdefault(answer.reward, []).append(answer)
         self._rewards = np.array(sorted(self._by_reward))
-        self._answers = list(answers)
+        self._answers = [answer for group in self._by_reward.values() for answer in group]
+        sizes = [len(group) for group in self._by_reward.values()]
+        self._first = dict(zip(self._by_reward, np.cumsum([0, *sizes]).tolist(), strict=False))
 
     def other(self, answer: Answer, generator: np.random.Generator) -> Answer:
         """One drawn from all of another reward."""
-        same = len(self._by_reward[answer.reward])
+        same, first = len(self._by_reward[answer.reward]), self._first[answer.reward]
         number = int(generator.integers(len(self._answers) - same))
-        for reward, group in self._by_reward.items():
-            if reward != answer.reward:
-                if number < len(group):
-                    return group[number]
-                number -= len(group)
-        raise AssertionError("rewards are all equal")
+        return self._answers[number if number < first else number + same]  # past those of its own
 
     def nearest(self, answer: Answer, generator: np.random.Generator) -> Answer:
         """One of those whose reward is nearest, but not the same; drawn where there are several."""

@@ -52,7 +52,14 @@ class EarlyStopping:
         return {"best": self.best, "metrics": self.metrics, "worse": self.worse}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where :meth:`state_dict` was taken, after :meth:`load_state_arrays`.
+
+        Where ``patience`` was set or dropped since, it begins anew: the weights of what was best are not there, or are
+        not to be kept.
+        """
+        if (self.weights is None) != (self.patience is None):
+            self.weights = None
+            return
         self.best, self.worse = float(state["best"]), int(state["worse"])
         self.metrics = {name: float(value) for name, value in state["metrics"].items()}
 

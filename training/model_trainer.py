@@ -84,8 +84,10 @@ class ModelTrainer:
         self.max_grad_norm = config.max_grad_norm
         self.max_skipped = config.max_skipped_steps
         self.skipped_in_a_row = 0
+        rate = build_schedule(config, learning_rate or config.learning_rate, total_steps)
+        self._is_scheduled = callable(rate)
         self.optimizer = AdamW(
-            learning_rate=build_schedule(config, learning_rate or config.learning_rate, total_steps),
+            learning_rate=rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
@@ -135,6 +137,8 @@ class ModelTrainer:
     def load_state_arrays(self, arrays: Mapping[str, mx.array]) -> None:
         """Go on where :meth:`state_arrays` was taken, of a module with the same trainable parameters.
 
+        A learning rate without a schedule stays this config's own.
+
         Raises:
             CheckpointError: naming the first array that is missing, unknown, or of another shape or dtype.
         """
@@ -146,6 +150,8 @@ class ModelTrainer:
                     f"the optimiser's {name} is {there} in the checkpoint and {here} here; was another model or "
                     "adapter, or another optimizer_bits, trained there?"
                 )
+        kept = {} if self._is_scheduled else {"learning_rate": mine["learning_rate"]}
+        arrays = {**arrays, **kept}
         self.optimizer.state = tree_map_with_path(lambda path, _: arrays[path], self.optimizer.state)
         mx.eval(self.optimizer.state)
 

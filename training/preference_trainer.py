@@ -156,7 +156,9 @@ class PreferenceTrainer:
         """A row's chosen and rejected answer; of a ranked list every two of different reward."""
         if "chosen" in row:
             return [(self._answer(place, row, "chosen"), self._answer(place, row, "rejected"))]
-        texts, rewards = row["completions"], row["rewards"]
+        texts, rewards = row["completions"], row.get("rewards")
+        if not isinstance(texts, list) or not isinstance(rewards, list) or len(texts) != len(rewards):
+            raise DataLoadError(f'{place}: "completions" and "rewards" must be lists of one length')
         answers = [self._answer(place, {**row, "answer": text}, "answer") for text in texts]
         return [(answers[i], answers[j]) for i, j in better_and_worse(rewards)]
 
@@ -190,7 +192,7 @@ class PreferenceTrainer:
         config, comparisons = self.config, self.encode(rows)
         held_out = None if validation is None else self.encode(validation)
         trainer = ModelTrainer(self.policy.model, config, total_steps=config.num_steps)
-        references = ReferenceLogprobs()
+        references, of_held_out = ReferenceLogprobs(), ReferenceLogprobs()
         task = Task(
             stage="preference",
             trainer=trainer,
@@ -199,7 +201,7 @@ class PreferenceTrainer:
             save=self.policy.save,
             load=self.policy.load,
             origins=lambda: self._origins(comparisons, held_out),
-            validate=None if held_out is None else lambda: self._judge(held_out),
+            validate=None if held_out is None else lambda: self._judge(held_out, of_held_out),
             keepers={"references": references},
         )
         return learn(task, config, on_step=on_step, resume=resume)
@@ -214,7 +216,7 @@ class PreferenceTrainer:
 
     def evaluate(self, rows: Sequence[Row]) -> dict[str, float]:
         """Loss, accuracy and margin on rows, without training."""
-        return self._judge(self.encode(rows))
+        return self._judge(self.encode(rows), {})
 
     def _step(
         self, trainer: ModelTrainer, batch: Sequence[Comparison], references: dict[int, list[float]]
@@ -227,10 +229,15 @@ class PreferenceTrainer:
         worth = np.concatenate([np.array(extra) for extra in report.extras])
         return step_metrics(report, **self._shown(batch, worth, prepared))
 
-    def _judge(self, comparisons: Sequence[Comparison]) -> dict[str, float]:
+    def _judge(
+        self, comparisons: Sequence[Comparison], references: dict[int, list[float]]
+    ) -> dict[str, float]:
         losses, accuracy, margin, count = 0.0, 0.0, 0.0, 0
-        for batch in split(comparisons, max(self.config.batch_size, 2)):
-            prepared = self._prepare(batch, {})
+        batches = split(comparisons, max(self.config.batch_size, 2))
+        if len(batches) > 1 and len(batches[-1]) == 1:  # KTO's z0 of one row would be its own answer's
+            batches[-2:] = [[*batches[-2], *batches[-1]]]
+        for batch in batches:
+            prepared = self._prepare(batch, references)
             worths = []
             for part in split(batch, self.config.micro_batch_size):
                 loss, worth = self._loss(part, prepared, 1)

@@ -21,7 +21,7 @@ import numpy as np
 from base_setup.tokenizer_setup import encode_pair
 from config.errors import DataLoadError
 from config.supervised_config import RewardModelConfig
-from models.reward_model import RewardModel
+from models.reward_model import RewardModel, check_finite
 from models.sft_model import LanguageModel
 from token_attribution.extractor import pad_sequences
 from training.comparisons import Answer, Comparisons, Partners, Ranking, lists_of, micro_batches
@@ -217,7 +217,9 @@ class RewardTrainer:
         for batch in split(sequences, self.reward_model.batch_rows):
             tokens, _ = pad_sequences([s[:1] for s in batch], [s[1:] for s in batch])
             parts.append(np.array(self.reward_model.raw_scores(tokens, mx.array([len(s) for s in batch]))))
-        return np.concatenate(parts)
+        scores = np.concatenate(parts)
+        check_finite(scores)
+        return scores
 
 
 def _shown(report: RewardReport) -> dict[str, float]:
@@ -233,22 +235,26 @@ def _answers(place: str, row: Row) -> list[tuple[str | None, Any, float]]:
     if "chosen" in row:
         margin = _number(place, row, "margin") if "margin" in row else 1.0
         if margin <= 0:
-            raise DataLoadError(
-                f'{place}: "margin" must be above 0, found {margin:g}; exchange the two answers'
-            )
+            raise DataLoadError(f"{place}: {margin_sentence(margin)}")
         return [("chosen", None, margin), ("rejected", None, 0.0)]
     if "completions" not in row:
         return [("completion", None, _number(place, row, "reward"))]
     texts = row["completions"]
     rewards = row.get("rewards", range(0, -len(texts), -1) if isinstance(texts, list) else None)
-    if not isinstance(texts, list) or len(texts) < 2 or len(rewards) != len(texts):
+    lists = isinstance(texts, list) and isinstance(rewards, (list, tuple, range))
+    if not lists or len(texts) < 2 or len(rewards) != len(texts):
         raise DataLoadError(
             f'{place}: "completions" must be a list of two answers or more, best first or with as many "rewards"'
         )
-    return [
-        (None, text, _number(place, {"rewards": r}, "rewards"))
-        for text, r in zip(texts, rewards, strict=True)
-    ]
+    found = [_number(place, {"rewards": reward}, "rewards") for reward in rewards]
+    if len(set(found)) < 2:
+        raise DataLoadError(f"{place}: all rewards of the list are equal, so there is nothing to compare")
+    return [(None, text, reward) for text, reward in zip(texts, found, strict=True)]
+
+
+def margin_sentence(margin: float) -> str:
+    """Why a pair with this margin is refused."""
+    return f'"margin" must be above 0, found {margin:g}; exchange the two answers, or leave the row out'
 
 
 def _number(place: str, row: Row, name: str) -> float:

@@ -151,15 +151,22 @@ class Walk(Generic[Batch]):
         module.eval()
         self.step += 1
         last = self.step == config.num_steps
-        if self.task.validate and (last or (config.eval_every and self.step % config.eval_every == 0)):
-            found = self.task.validate()
-            metrics |= {VALIDATION + name: value for name, value in found.items()}
-            self.stopping.see(found)
+        if last or (config.eval_every and self.step % config.eval_every == 0):
+            metrics |= self._validated()
         self.metrics = metrics
         return metrics
 
+    def _validated(self) -> dict[str, float]:
+        """Metrics on the rows held out, where there are any."""
+        found = self.task.validate() if self.task.validate else {}
+        if found:
+            self.stopping.see(found)
+        return {VALIDATION + name: value for name, value in found.items()}
+
     def result(self) -> dict[str, float]:
         """The last metrics; with early stopping of the best weights, which are put back."""
+        if VALIDATION + "loss" not in self.metrics:  # resumed with fewer num_steps: the end came unannounced
+            self.metrics = self.metrics | self._validated()
         return self.metrics | {VALIDATION + name: x for name, x in self.stopping.keep_best().items()}
 
     # -- What a checkpoint keeps ----------------------------------------------------------------------

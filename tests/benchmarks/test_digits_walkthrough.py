@@ -29,7 +29,8 @@ from config.loader import load_config
 from config.model_config import ModelConfig
 from config.ppo_config import PPOConfig
 from config.supervised_config import SFTConfig
-from examples.digits_stages import ANSWERS, stage_rows, write_stages
+from data_loading.loading import load_preferences
+from examples.digits_stages import ANSWERS, SCORED, stage_rows, write_stages
 from models.policy_model import PolicyModel
 from models.sft_model import build_embedded, load_language_model, save_language_model
 from rewards.sequential_digits import digit_score
@@ -85,10 +86,12 @@ def test_files_of_the_stages_are_what_each_stage_needs(tmp_path: Path) -> None:
         assert all(
             float(row["reward"]) == digit_score(row["prompt"], row["completion"]) for row in rows[name]
         )
+        assert any(row["completion"] == "" for row in rows[name])  # a policy will find them, too
     paths = write_stages(tmp_path / "a", 3)
     assert {name: len(path.read_text().splitlines()) for name, path in paths.items()} == {
         name: len(some) for name, some in rows.items()
     }
+    assert len(load_preferences(paths["preferences.jsonl"])) == SCORED
     assert write_stages(tmp_path / "b", 3)["sft.jsonl"].read_bytes() == paths["sft.jsonl"].read_bytes()
 
 

@@ -139,6 +139,23 @@ LOAD: dict[str, Any] = {
         ("preferences", {"text": "8 20", "reward": "-1e-1"}, "scored text", [("", "8 20", -0.1)]),
         ("preferences", {"prompt": "a", "completion": "b", "label": False}, "unpaired", [("a", "b", 0.0)]),
         ("preferences", {"prompt": "a", "completion": "b", "label": True}, "unpaired", [("a", "b", 1.0)]),
+        ("preferences", {"prompt": "a", "completion": "b", "label": 1}, "unpaired", [("a", "b", 1.0)]),
+        ("preferences", {"prompt": "a", "completion": "b", "label": "False"}, "unpaired", [("a", "b", 0.0)]),
+        ("preferences", {"prompt": "a", "completion": "", "label": 0}, "unpaired", [("a", "", 0.0)]),
+        ("preferences", {"prompt": "a", "completion": "", "reward": 0}, "scored", [("a", "", 0.0)]),
+        (
+            "preferences",
+            {"prompt": "a", "completion": [{"role": "assistant", "content": ""}], "reward": 0},
+            "scored",
+            [("a", "", 0.0)],
+        ),
+        ("pairs", {"prompt": "a", "completion": "b", "label": "geography"}, "prompt and", [("a", "b")]),
+        (
+            "preferences",  # the margin of an implicit prompt's pair counts, too
+            {"chosen": "a b c", "rejected": "a b d", "margin": "2"},
+            "preference (chosen",
+            [{"prompt": "a b", "chosen": " c", "rejected": " d", "margin": 2.0}],
+        ),
     ],
 )
 def test_a_row_becomes(kind: str, row: dict[str, Any], schema: str, expected: list[Any]) -> None:
@@ -194,6 +211,15 @@ def test_a_row_becomes(kind: str, row: dict[str, Any], schema: str, expected: li
         ("pairs", {"prompt": "a", "completion": [USER]}, "must be one message of the assistant, found user"),
         ("pairs", {"prompt": "a", "completion": ""}, '"completion" is empty'),
         ("pairs", {"prompt": "a", "completion": "b", "label": True}, '"label" says that some'),
+        ("pairs", {"prompt": "a", "completion": "b", "label": 0}, '"label" says that some'),
+        ("pairs", {"prompt": "a", "completion": "", "reward": 1}, '"completion" is empty'),
+        ("preferences", {"text": "", "reward": 1}, '"text" is empty'),
+        ("preferences", {"prompt": "a", "chosen": "b", "rejected": ""}, '"rejected" is empty'),
+        (
+            "preferences",
+            {"prompt": "a", "completions": ["b", "c", "b"], "rewards": [2, 1, 0]},
+            "better and the worse answer are the same",
+        ),
         ("pairs", {"text": "\udc00"}, "half a character"),
         ("preferences", {"chosen": "a b", "rejected": "c d"}, "must begin with the same prompt"),
         ("preferences", {"chosen": "a b", "rejected": "a b"}, "are the same, so there is nothing"),

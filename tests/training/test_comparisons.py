@@ -71,3 +71,15 @@ def test_micro_batches_hold_every_comparison_once_and_no_more_rows_than_asked(si
         rewards = [a.reward for a in part.answers]
         assert part.margins == [rewards[i] - rewards[j] for i, j in part.pairs]
         assert min(part.margins) > 0
+
+
+def test_a_partner_is_each_answer_of_another_reward_equally_often() -> None:
+    """Places among six are drawn, less the two of its own reward: four answers, whichever group they are in."""
+    answers = [Answer([i], reward) for i, reward in enumerate([1.0, 0.0, 1.0, 2.0, 0.0, 2.0])]
+    partners, generator = Partners(answers), np.random.default_rng(0)
+    for answer in answers:
+        drawn = [partners.other(answer, generator).ids[0] for _ in range(400)]
+        counts = np.bincount(drawn, minlength=6)
+        others = [one.ids[0] for one in answers if one.reward != answer.reward]
+        assert counts.sum() == counts[others].sum()
+        assert counts[others].min() > 60

@@ -14,6 +14,7 @@ from config.errors import DataLoadError, InvalidConfigurationError
 from config.model_config import ModelConfig
 from config.options import options_of
 from config.supervised_config import READ_BY, PreferenceConfig
+from data_loading.loading import load_preferences
 from models.sft_model import LanguageModel, build_embedded
 from training.preference_algorithms import PREFERENCE_ALGORITHMS
 from training.preference_trainer import PreferenceTrainer
@@ -284,6 +285,41 @@ def test_kto_measures_its_kl_on_each_prompt_with_the_next_ones_answer(base: Lang
     ]
     assert np.mean(kl) > 0.1
     assert trainer._prepare(trainer.encode(rows), {}).baseline == pytest.approx(np.mean(kl), rel=1e-4)
+
+
+def test_no_row_is_judged_by_a_kl_of_its_own_answer(base: LanguageModel) -> None:
+    """Three rows in batches of two are one batch: the third alone would be measured on its own answer."""
+    rows = [
+        {"prompt": p, "completion": c, "label": True} for p, c in (("ab", "cd"), ("q", "efg"), ("hello", "h"))
+    ]
+    trainer = trainer_of(base, "kto", num_steps=20, learning_rate=1e-2, batch_size=3)
+    trainer.train(rows)
+    whole = trainer.evaluate(rows)
+    trainer.config = trainer.config.replace(batch_size=2)
+    assert trainer.evaluate(rows) == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_reference_sees_a_held_out_row_once(base: LanguageModel) -> None:
+    trainer = trainer_of(base, "dpo", num_steps=3, eval_every=1, micro_batch_size=1)
+    assert trainer.reference is not None
+    seen, logprobs = [], trainer.reference.logprobs
+
+    def counted(tokens: Any, mask: Any) -> Any:
+        seen.append(tokens.shape)
+        return logprobs(tokens, mask)
+
+    trainer.reference.logprobs = counted  # type: ignore[method-assign]
+    trainer.train(PAIRS[:1], validation=PAIRS[1:])
+    assert len(seen) == len(PAIRS)
+
+
+def test_an_empty_answer_is_the_end_token_alone(base: LanguageModel) -> None:
+    rows = [
+        {"prompt": "ab", "completion": "", "label": False},
+        {"prompt": "q", "completion": "x", "label": True},
+    ]
+    empty = trainer_of(base, "kto").encode(load_preferences(rows))[0]
+    assert (empty.answers[0].completion, empty.good) == ([base.tokenizer.eos_token_id], False)
 
 
 @ALL

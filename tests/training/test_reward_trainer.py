@@ -16,6 +16,7 @@ from base_setup.tokenizer_setup import encode
 from config.errors import DataLoadError
 from config.model_config import ModelConfig
 from config.supervised_config import RewardModelConfig, SFTConfig
+from data_loading.loading import load_preferences
 from models.sft_model import LanguageModel, build_embedded
 from training.comparisons import Answer, Ranking
 from training.reward_trainer import RewardTrainer
@@ -390,6 +391,11 @@ def test_early_stopping_keeps_the_best_weights(base: LanguageModel) -> None:
             r'"completions" must be a list of two',
         ),
         ([{"prompt": "q", "completions": ["a", "b"], "rewards": [1, "x"]}], r'"rewards" must be a finite'),
+        ([{"prompt": "q", "completions": ["a", "b"], "rewards": 1}], r'"completions" must be a list of two'),
+        (
+            [{"prompt": "q", "completions": ["a", "b"], "rewards": [n, n]} for n in (0, 1)],
+            r"\[0\]: all rewards of the list are equal",
+        ),
     ],
 )
 def test_lists_and_margins_that_cannot_be_used_are_named(
@@ -426,3 +432,9 @@ def test_the_report_compares_as_pairing_says(base: LanguageModel) -> None:
     partners = itertools.product(*[[j for j in range(4) if j != i] for i in range(4)])
     possible = [[(max(i, j), min(i, j)) for i, j in enumerate(chosen)] for chosen in partners]
     assert any(drawn == expected(pairs) for pairs in possible)
+
+
+def test_an_empty_answer_is_the_end_token_alone(base: LanguageModel) -> None:
+    rows = load_preferences(scored(["", "a"], [0, 1]))
+    found = trainer_of(base).encode(rows)[0].answers[0]
+    assert found.ids == [*encode(base.tokenizer, "q", special=True), base.tokenizer.eos_token_id]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from config.errors import CheckpointError, InvalidConfigurationError
 from config.supervised_config import PreferenceConfig, ProcessRewardConfig, RewardModelConfig, SFTConfig
 from monitoring.run_list import list_runs
 from training import supervised
+from training.early_stopping import EarlyStopping
 from training.preference_trainer import PreferenceTrainer
 from training.process_reward_trainer import ProcessRewardTrainer
 from training.reward_trainer import RewardTrainer
@@ -282,3 +284,22 @@ def test_a_run_that_fails_keeps_what_it_earned(
         stage(SFT[:2]).train(PAIRS)
     assert "--resume" in str(failed.value)
     assert (tmp_path / "run" / "interrupted" / "adapters.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 1), (1, None), (1, 1), (None, None)])
+def test_early_stopping_that_is_set_or_dropped_on_the_way_begins_anew(
+    before: int | None, after: int | None
+) -> None:
+    """What was best before has no weights to go back to, or none that are wanted."""
+    module = nn.Linear(1, 1)
+    old = EarlyStopping(module, before)
+    old.see({"loss": 1.0})
+    new = EarlyStopping(module, after)
+    new.load_state_arrays(old.state_arrays())
+    new.load_state_dict(old.state_dict())
+    module.weight = module.weight + 1
+    last = np.array(module.weight)
+    new.see({"loss": 2.0})
+    kept = new.keep_best()["loss"]
+    assert kept == (1.0 if before == after == 1 else 2.0)
+    assert np.array_equal(np.array(module.weight), last) == (kept == 2.0)
