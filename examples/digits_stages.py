@@ -19,6 +19,7 @@ judged by. Everything is drawn from one seed.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -67,10 +68,11 @@ def demonstration_rows(count: int, seed: int) -> list[dict[str, str]]:
     return [dict(zip(("prompt", "completion"), split_query(text), strict=True)) for text in texts]
 
 
-def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
+def scored_rows(count: int, seed: int, *, stuck: bool = False) -> list[dict[str, str]]:
     """Noisy sequences of even numbers with the true score of their continuation, as text.
 
     Answers of every length, the empty one included: what a reward model has not seen, a policy will find.
+    ``stuck``: one in eight stays at a number that it has said, to its end.
     """
     texts = generate_sequences(
         count,
@@ -82,9 +84,13 @@ def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
         max_length=7,
         seed=seed,
     )
-    rows = []
+    rows, draw = [], random.Random(seed)
     for number, text in enumerate(texts):
         prompt, completion = split_query(text)
+        if stuck and number % 8 == 1:
+            words = completion.split()
+            place = draw.randrange(len(words))
+            completion = " ".join([*words[:place], *[words[place]] * (len(words) - place)])
         if number % 25 == 0:
             completion = ""
         rows.append(
@@ -95,7 +101,7 @@ def scored_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def stage_rows(seed: int) -> dict[str, list[dict[str, str]]]:
     """The rows of each file, by its name."""
-    scored = scored_rows(SCORED + SCORED_HELD_OUT, seed)
+    scored = scored_rows(SCORED + SCORED_HELD_OUT, seed, stuck=True)
     prompts, held_out = digit_prompt_splits(PROMPTS, HELD_OUT, seed)
     return {
         "base.jsonl": base_rows(BASE, seed),
