@@ -64,7 +64,8 @@ def _from_path(policy: PolicyModel, config: PPOConfig) -> FrozenPolicy:
     assert config.reference_path is not None
     path = Path(config.reference_path).expanduser()
     if _is_adapter(path):
-        second = PolicyModel(policy.base, config.replace(adapter_path=str(path)))
+        kind = read_description(path).get("fine_tune_type", "lora")  # whatever it is that trains here
+        second = PolicyModel(policy.base, config.replace(adapter_path=str(path), fine_tune_type=kind))
         return second.frozen_copy(origin=f"{policy.base.name} with the adapter {path}")
     other = load_language_model(
         config.replace(model_name=config.reference_path, adapter_path=None), "reference_path"
