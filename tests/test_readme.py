@@ -36,9 +36,11 @@ def test_every_path_of_the_tree_and_every_link_exists() -> None:
 
 
 def test_the_table_is_within_what_is_claimed() -> None:
-    worst = re.search(r"\| worst \|.*\*\*([\d.]+)\*\* \|.*\*\*([\d.]+)\*\* \|.* (\d+) \|", README)
+    worst = re.search(r"\| worst \|.*\*\*([\d.]+)\*\* \|.*\*\*([\d.]+)\*\* \|", README)
+    seconds = re.search(r"^(\d+) seconds each", README, re.MULTILINE)
     assert worst is not None
-    ppo, grpo, seconds = (float(x) for x in worst.groups())
+    assert seconds is not None
+    ppo, grpo = (float(x) for x in worst.groups())
     assert ppo >= 0.8
     assert grpo >= 0.9
-    assert seconds < 120
+    assert int(seconds[1]) < 120

@@ -373,19 +373,22 @@ def test_neither_an_import_nor_the_demo_makes_a_connection(tmp_path: Path) -> No
 def test_a_run_on_a_local_model_makes_no_connection(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "abc"}\n')
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return watched(tmp_path, WATCHED, *words)
-
-    done = run(
-        "train", "--model-name", str(folder), "--train-path", "prompts.jsonl", "--max-new-tokens", "3",
+    done = watched(
+        tmp_path, WATCHED, "train", "--model-name", str(folder), "--train-path", "prompts.jsonl", "--max-new-tokens", "3",
         "--num-steps", "1", "--output-dir", "out",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "CONNECTION" not in done.stdout + done.stderr
     assert (tmp_path / "out" / "final" / "adapters.safetensors").is_file()
-    asked = run(
-        "train", "--model-name", "nobody-here/no-such-model", "--train-path", "prompts.jsonl", "--dry-run"
-    )
+
+
+@pytest.mark.slow
+def test_a_model_that_is_named_on_the_hub_is_asked_for_there(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "abc"}\n')
+    asked = watched(
+        tmp_path, WATCHED, "train", "--model-name", "nobody-here/no-such-model", "--train-path", "prompts.jsonl",
+        "--dry-run",
+    )  # fmt: skip
     assert "CONNECTION" in asked.stdout + asked.stderr  # the watch sees one where there is one
     assert asked.returncode == 1
     assert "Traceback" not in asked.stderr

@@ -148,7 +148,8 @@ def test_a_table_by_hand() -> None:
     assert agreement(results[:1]).startswith("1 runs: in fresh processes all answers")
 
 
-@pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.slow), "soft"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "soft"])
 def test_a_fresh_process_says_the_same_or_is_found_out(mode: str, tmp_path: Path) -> None:
     """An adapter that moves the likeliest answers, loaded as the document says; then another answer in the file."""
     start = tmp_path / {"lora": "lora/model", "soft": "base/model"}[mode]

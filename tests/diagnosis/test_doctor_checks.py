@@ -480,7 +480,10 @@ def test_another_process_reads_what_was_trained(tmp_path: Path, monkeypatch: pyt
     assert "read by another process" in finding.seen
 
 
-@pytest.mark.parametrize("what", ["scale", "base", "nothing"])
+@pytest.mark.parametrize(
+    "what",
+    ["scale", pytest.param("base", marks=pytest.mark.slow), pytest.param("nothing", marks=pytest.mark.slow)],
+)
 def test_another_process_sees_what_this_one_would_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
