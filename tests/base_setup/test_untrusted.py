@@ -374,8 +374,8 @@ def test_a_run_on_a_local_model_makes_no_connection(folder: Path, tmp_path: Path
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "abc"}\n')
 
     done = watched(
-        tmp_path, WATCHED, "train", "--model-name", str(folder), "--train-path", "prompts.jsonl", "--max-new-tokens", "3",
-        "--num-steps", "1", "--output-dir", "out",
+        tmp_path, WATCHED, "train", "--model-name", str(folder), "--train-path", "prompts.jsonl",
+        "--max-new-tokens", "3", "--num-steps", "1", "--output-dir", "out",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "CONNECTION" not in done.stdout + done.stderr
