@@ -167,9 +167,9 @@ class CodeExecution:
 
 
 def _told(result: Result) -> str:
-    """How a program ended, with the last line that it wrote to stderr."""
+    """How a program ended, with the last line that it wrote to stderr if it ended badly."""
     last = (result.stderr.strip().splitlines() or [""])[-1]
-    return f"{result.status} {shortened(last)}" if last else result.status
+    return f"{result.status} {shortened(last)}" if last and result.status != "ok" else result.status
 
 
 def _cores() -> int:
